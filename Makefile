@@ -1,0 +1,42 @@
+# `make` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint format bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make or refresh .venv with everything that demo and tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,bench]"
+	touch $@
+
+demo: venv ## phantoms -> EDL and SURE -> demo/report.html, on the CPU, in minutes
+	$(BIN)/sure demo --out demo
+
+test: venv ## the test suite
+	$(BIN)/python -m pytest
+
+test-all: venv ## the test suite with the long cases
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: venv ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv ## time the losses on this machine
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

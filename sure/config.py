@@ -1,0 +1,177 @@
+"""What a training run is made of: one flat dataclass, on the command line, in YAML and in every run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sure.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the weights a run ends with. Sizes are in voxels, times in epochs."""
+
+    # Data
+    spatial_dims: Literal[2, 3] = 3
+    """3 trains on volumes, 2 on the slices along the last axis."""
+    patch_size: tuple[int, ...] = (48, 48, 48)
+    """Training patch and sliding window; smaller images are padded. One number stands for every axis."""
+    patches_per_image: int = 1
+    """Random patches taken from each image (each slice in 2D) per epoch."""
+    folds: int = 5
+    """Cases are split into this many folds (a permutation drawn from `seed`)."""
+    fold: int = 0
+    """The fold held out: never trained on, used for validation."""
+    augment: bool = True
+    """Random flips and intensity shifts."""
+
+    # Network (MONAI)
+    model: Literal["unet", "attention_unet", "segresnet", "dynunet"] = "unet"
+    channels: tuple[int, ...] = (16, 32, 64)
+    """Feature maps per resolution level."""
+    norm: Literal["instance", "batch", "group"] = "instance"
+    dropout: float = 0.0
+
+    # Objective
+    loss: Literal["sure", "edl", "dice_ce"] = "sure"
+    """sure: evidential loss and supervised uncertainty; edl: evidential loss alone; dice_ce: MONAI's DiceCELoss."""
+    kind: Literal["digamma", "log", "mse"] = "digamma"
+    evidence: Literal["softplus", "relu", "exp"] = "softplus"
+    prior: tuple[float, ...] = (1.0,)
+    """Dirichlet prior: one number, or one per class, each at least 1e-3."""
+    ace_weight: float = 10.0
+    kl_weight: float = 1.0
+    dice_weight: float = 10.0
+    dice: Literal["adaptive_tversky", "soft"] = "adaptive_tversky"
+    annealing_steps: int = 20
+    """Epochs over which the KL weight rises from 0 to kl_weight."""
+    gradient_weight: float = 1.0
+    """beta: weight of the gradient supervision on the boundary."""
+    far_weight: float = 0.1
+    """Weight of the mean uncertainty far from every boundary."""
+    good_model_step: int = 30
+    """Epoch from which uncertainty is supervised; its weight then rises from 1e-4 to 1e-2."""
+    supervision_scale: float = 1.0
+    """Factor on the published annealing weight (which ends at 0.01)."""
+    ranking: Literal["covariance", "correlation", "exact"] = "covariance"
+    relation: Literal["decreasing", "increasing"] = "decreasing"
+    boundary: float = 1.0
+    """Voxels at most this far from a boundary are on it."""
+    near: float = 4.0
+    far: float = 4.0
+    """Voxels farther than this from every boundary should be certain."""
+
+    # Optimisation
+    epochs: int = 100
+    batch_size: int = 4
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "poly"] = "cosine"
+    accumulate: int = 1
+    """Batches per optimiser step."""
+    clip: float | None = 12.0
+    """Largest gradient norm; None does not clip."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    compile: bool = False
+    """torch.compile the network."""
+    seed: int = 0
+    validate_every: int = 10
+    """Epochs between validations on the held-out fold (0: never). Picks `best.pt`; `final.pt` does not depend on it."""
+    warm_start: Path | None = None
+    """Checkpoint whose weights training starts from."""
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise UserError("configuration: " + "; ".join(problems))
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """`patch_size` with one entry per spatial axis."""
+        return self.patch_size * self.spatial_dims if len(self.patch_size) == 1 else self.patch_size
+
+
+def _problems(c: TrainConfig) -> typing.Iterator[str]:
+    if len(c.patch_size) not in (1, c.spatial_dims):
+        yield f"patch_size: expected 1 or {c.spatial_dims} numbers, got {c.patch_size}"
+    if min(c.patch_size) < 1:
+        yield f"patch_size: expected positive numbers, got {c.patch_size}"
+    if c.folds < 2 or not 0 <= c.fold < c.folds:
+        yield f"fold: expected 0 <= fold < folds and folds >= 2, got fold {c.fold} of {c.folds}"
+    if len(c.channels) < 2 or min(c.channels) < 1:
+        yield f"channels: expected at least two positive numbers, got {c.channels}"
+    for name in ("epochs", "batch_size", "accumulate", "patches_per_image"):
+        if getattr(c, name) < 1:
+            yield f"{name}: expected at least 1, got {getattr(c, name)}"
+    if c.lr <= 0:
+        yield f"lr: expected a positive number, got {c.lr}"
+    if c.clip is not None and c.clip <= 0:
+        yield f"clip: expected a positive number or none, got {c.clip}"
+    for name in ("annealing_steps", "good_model_step", "validate_every"):
+        if getattr(c, name) < 0:
+            yield f"{name}: expected 0 or more, got {getattr(c, name)}"
+    if min(c.prior) < 1e-3:
+        yield f"prior: expected entries of at least 1e-3, got {c.prior}"
+    if not 0 <= c.dropout < 1:
+        yield f"dropout: expected a number in [0, 1), got {c.dropout}"
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values that YAML and JSON can hold."""
+    plain = dataclasses.asdict(config)
+    return {
+        k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in plain.items()
+    }
+
+
+def from_dict(values: dict[str, Any], *, source: str = "configuration") -> TrainConfig:
+    """A config from plain values; unknown keys and wrong types raise UserError naming `source` and the key."""
+    hints = typing.get_type_hints(TrainConfig)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"{source}: unknown keys {', '.join(unknown)}; known are {', '.join(hints)}")
+    return TrainConfig(**{k: _coerce(v, hints[k], f"{source}: {k}") for k, v in values.items()})
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a YAML file of TrainConfig fields; fields left out keep their defaults."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return from_dict(values, source=str(path))
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = (a for a in args if a is not type(None))
+        return _coerce(value, inner, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(item, args[0], where) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
