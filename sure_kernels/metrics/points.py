@@ -1,0 +1,96 @@
+"""Sets of points: how the metrics read maps (N, 1, *spatial), rows (N, n) and a single set (n,)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sure_kernels.validation import (
+    FLOAT_DTYPES,
+    INT_DTYPES,
+    check_same_device,
+    plain_tensor,
+    shape_of,
+    torch_integer,
+    values_checked,
+)
+
+
+def as_points(value: object, name: str) -> Tensor:
+    """A float tensor of shape (n,), (N, n) or (N, 1, *spatial), checked but unchanged."""
+    tensor = plain_tensor(value, name)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.ndim in (1, 2):
+        return tensor
+    if tensor.ndim not in (4, 5) or tensor.shape[1] != 1:
+        raise ValueError(f"{name}: expected shape (n,), (N, n) or (N, 1, *spatial), got {shape_of(tensor)}")
+    return tensor
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(N, n), one set of points per row."""
+    return tensor[None] if tensor.ndim == 1 else tensor.flatten(1)
+
+
+def as_result(per_row: Tensor, points: Tensor) -> Tensor:
+    """(N,) as it is; 0-d where `points` was a single set."""
+    return per_row[0] if points.ndim == 1 else per_row
+
+
+def match(value: object, name: str, points: Tensor, points_name: str) -> Tensor:
+    """`value` reshaped to the rows of `points`; maps may leave their channel axis out."""
+    tensor = plain_tensor(value, name)
+    check_same_device(tensor, name, points, points_name)
+    if points.ndim > 2 and tensor.ndim == points.ndim - 1:
+        tensor = tensor.unsqueeze(1)
+    if tensor.shape != points.shape:
+        raise ValueError(
+            f"{name}: expected shape {shape_of(points)} like {points_name}, got {shape_of(tensor)}"
+        )
+    return rows(tensor)
+
+
+def match_boolean(value: object, name: str, points: Tensor, points_name: str) -> Tensor:
+    """`match`, as booleans; numbers must be 0 or 1."""
+    tensor = match(value, name, points, points_name)
+    if tensor.dtype == torch.bool:
+        return tensor
+    if values_checked(tensor) and not bool(((tensor == 0) | (tensor == 1)).all()):
+        raise ValueError(f"{name}: expected only 0 and 1, got other values")
+    return tensor != 0
+
+
+def each_set(x: object, y: object, mask: object, groups: object) -> tuple[Tensor, Iterator[list[Tensor]]]:
+    """Checked `x`, and for every row of it the sets of points to compare.
+
+    A set is (2, m) float64: x above y, masked points left out, one set per value of `groups` that occurs
+    among the points counted (one set in all where groups is None).
+    """
+    x = as_points(x, "x")
+    y_rows = match(as_points(y, "y"), "y", x, "x")
+    mask_rows = None if mask is None else match_boolean(mask, "mask", x, "x")
+    group_rows = None
+    if groups is not None:
+        group_rows = match(groups, "groups", x, "x")
+        if group_rows.dtype not in (*INT_DTYPES, torch.bool):
+            raise TypeError(f"groups: expected an integer dtype, got {group_rows.dtype}")
+        group_rows = torch_integer(group_rows)
+
+    def sets() -> Iterator[list[Tensor]]:
+        x_rows = rows(x)
+        for row in range(x_rows.shape[0]):
+            # + 0.0 turns -0.0 into 0.0, so that the two are one value also where bits are compared
+            pair = torch.stack([x_rows[row].double(), y_rows[row].double()]) + 0.0
+            chosen = None if mask_rows is None else mask_rows[row]
+            if chosen is not None:
+                pair = pair[:, chosen]
+            if group_rows is None:
+                yield [pair]
+                continue
+            group = group_rows[row] if chosen is None else group_rows[row][chosen]
+            yield [pair[:, group == value] for value in torch.unique(group)]
+
+    return x, sets()
