@@ -1,0 +1,643 @@
+"""The public functions: what they compute, what they accept, and the dispatch to a backend.
+
+Shapes: N images, K classes, M image channels, `*spatial` two or three axes. `target` is an index map (N, *spatial)
+or (N, 1, *spatial) of any integer dtype, or one-hot (N, K, *spatial). `mask` is boolean or 0/1, (N, *spatial) or
+(N, 1, *spatial), True = counts. Logits are float32, bfloat16, float16 or float64 in any memory layout; arithmetic is
+float32 (float64 for float64), gradients return in the dtype that came.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sure_kernels import validation as check
+from sure_kernels.backends import get_backend
+from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR
+from sure_kernels.kernel_lib.special import EVIDENCE
+from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
+from sure_kernels.ops.boundary_distance import closed_form as distance_closed_form
+from sure_kernels.ops.boundary_distance import reference as distance_reference
+from sure_kernels.ops.dirichlet import reference as dirichlet_reference
+from sure_kernels.ops.dirichlet.op import DirichletUncertaintyFunction
+from sure_kernels.ops.dirichlet.reference import MEASURES
+from sure_kernels.ops.evidential import reference as evidential_reference
+from sure_kernels.ops.evidential.closed_form import Formula, Weights
+from sure_kernels.ops.evidential.op import EvidentialLossFunction
+from sure_kernels.ops.gradient_magnitude import reference as gradient_reference
+from sure_kernels.ops.gradient_magnitude.op import GradientMagnitudeFunction
+from sure_kernels.ops.supervised import reference as supervised_reference
+from sure_kernels.ops.supervised.closed_form import Supervision
+from sure_kernels.ops.supervised.op import Filter, SupervisedEvidentialLossFunction
+
+KINDS = ("digamma", "log", "mse")
+DICE_FORMS = ("adaptive_tversky", "soft")
+RELATIONS = ("decreasing", "increasing")
+SUPERVISIONS = ("covariance", "correlation", "exact")
+
+
+class EvidentialTerms(NamedTuple):
+    """Unweighted, detached terms of `evidential_loss`: 0-d tensors."""
+
+    ace: Tensor
+    kl: Tensor
+    dice: Tensor
+
+
+class SupervisedTerms(NamedTuple):
+    """Unweighted, detached terms of `supervised_evidential_loss`: 0-d tensors."""
+
+    ace: Tensor
+    kl: Tensor
+    dice: Tensor
+    gradient: Tensor
+    far: Tensor
+
+
+def gradient_magnitude(
+    image: Tensor,
+    *,
+    operator: str = "sobel",
+    spacing: check.Numbers | None = None,
+    padding_mode: str = "replicate",
+    channel_reduction: str = "l2",
+    eps: float = 0.0,
+) -> Tensor:
+    """Gradient magnitude of an image, normalised so that a ramp of slope s per unit spacing gives s.
+
+    Args:
+        image: (N, M, *spatial), floating point. Differentiable.
+        operator: `sobel` (smoothed by [1, 2, 1] / 4 across the other axes), `scharr` ([3, 10, 3] / 16) or `central`.
+        spacing: voxel spacing in array-axis order; 1 where None.
+        padding_mode: `replicate`, `reflect`, `zeros`, or `extrapolate` (2 a - b: with `central` this is
+            numpy.gradient, border included). An axis of length 1 has no neighbour to reflect or extrapolate from
+            and is replicated.
+        channel_reduction: `l2` (root of the summed squares), `max` or `mean` of the channels' magnitudes.
+        eps: the result is sqrt(g^2 + eps^2). With 0 the derivative at a flat voxel is 0, never NaN.
+
+    Returns:
+        (N, 1, *spatial), float32 (float64 for float64 images), in image units per unit of spacing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    x = check.check_float_map(image, "image")
+    options = (
+        check.check_choice(operator, "operator", OPERATORS),
+        check.check_spacing(spacing, x.ndim - 2),
+        check.check_choice(padding_mode, "padding_mode", PADDING_MODES),
+        check.check_choice(channel_reduction, "channel_reduction", CHANNEL_REDUCTIONS),
+        check.check_number(eps, "eps"),
+    )
+    backend = get_backend(x)
+    if backend == "reference":
+        names = ("operator", "spacing", "padding_mode", "channel_reduction", "eps")
+        return gradient_reference.gradient_magnitude(x, **dict(zip(names, options, strict=True)))
+    return GradientMagnitudeFunction.apply(x, *options, backend)
+
+
+def dirichlet_uncertainty(
+    logits: Tensor,
+    *,
+    evidence: str = "softplus",
+    prior: check.Numbers = 1.0,
+    measures: tuple[str, ...] | list[str] | str = ("probability", "vacuity"),
+) -> Any:
+    """Measures of the Dirichlet distribution that the logits stand for, in one pass. Differentiable.
+
+    With evidence e = act(z), concentration a = e + prior and strength S = sum a: `probability` a / S, `vacuity`
+    sum prior / S, `entropy` of the probability, `expected_entropy` (aleatoric), `mutual_information` (epistemic),
+    `differential_entropy`, all in nats, and `dissonance` of the beliefs e / S (Jøsang, Cho, Chen, FUSION 2018).
+
+    Args:
+        logits: (N, K, *spatial).
+        evidence: `softplus`, `relu` or `exp` (of logits clamped to [-10, 10]).
+        prior: one number or K of them (floats, or a tensor, which is read back to the host), each at least 1e-3.
+        measures: the names wanted, without repetition.
+
+    Returns:
+        A NamedTuple with the measures asked for, in that order: `probability` is (N, K, *spatial), every other
+        (N, 1, *spatial); float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    z = check.check_logits(logits)
+    evidence = check.check_choice(evidence, "evidence", EVIDENCE)
+    b = check.check_prior(prior, z.shape[1])
+    names = (measures,) if isinstance(measures, str) else tuple(measures)
+    for name in names:
+        check.check_choice(name, "measures", MEASURES)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"measures: expected one or more different names, got {names}")
+    backend = get_backend(z)
+    if backend == "reference":
+        values = dirichlet_reference.dirichlet_uncertainty(z, evidence=evidence, prior=b, measures=names)
+    else:
+        values = DirichletUncertaintyFunction.apply(z, evidence, b, ",".join(names), backend)
+    return _result_type(names)(*values)
+
+
+@torch.compiler.assume_constant_result
+def _result_type(names: tuple[str, ...]) -> Any:
+    if names not in _RESULT_TYPES:
+        _RESULT_TYPES[names] = NamedTuple("DirichletMeasures", [(name, Tensor) for name in names])  # type: ignore[misc]
+    return _RESULT_TYPES[names]
+
+
+_RESULT_TYPES: dict[tuple[str, ...], Any] = {}
+
+
+class _Common(NamedTuple):
+    """Checked arguments that both losses share."""
+
+    logits: Tensor
+    target: Tensor
+    mask: Tensor | None
+    ignore_index: int
+    formula: Formula
+    weights: Weights
+    backend: str
+
+
+def _check_common(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    kind: str,
+    evidence: str,
+    prior: check.Numbers,
+    ace_weight: float,
+    kl_weight: float,
+    dice_weight: float,
+    dice: str,
+    class_weight: check.Numbers | None,
+    include_background: bool,
+    ignore_index: int,
+    mask: Tensor | None,
+    compat: str | None,
+) -> _Common:
+    z = check.check_logits(logits)
+    n, k, *spatial = z.shape
+    formula = Formula(
+        check.check_choice(kind, "kind", KINDS),
+        check.check_choice(evidence, "evidence", EVIDENCE),
+        check.check_prior(prior, k),
+        check.check_class_weight(class_weight, k) or (),
+        check.check_compat(compat),
+    )
+    weights = Weights(
+        check.check_number(ace_weight, "ace_weight"),
+        check.check_number(kl_weight, "kl_weight"),
+        check.check_number(dice_weight, "dice_weight"),
+        check.check_choice(dice, "dice", DICE_FORMS),
+        bool(include_background),
+    )
+    ignore_index = check.check_int(ignore_index, "ignore_index")
+    counted = check.check_mask(mask, n, spatial, z)
+    labels = check.check_target(target, z, ignore_index, counted)
+    return _Common(z, labels, counted, ignore_index, formula, weights, get_backend(z))
+
+
+def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor, Tensor, Tensor]:
+    formula, weights = common.formula, common.weights
+    return evidential_reference.evidential_terms(
+        common.logits,
+        common.target,
+        kind=formula.kind,
+        evidence=formula.evidence,
+        prior=formula.prior,
+        dice=weights.dice_form,
+        class_weight=formula.class_weight or None,
+        include_background=weights.include_background,
+        ignore_index=common.ignore_index,
+        mask=common.mask,
+        process_group=process_group,
+        official=formula.official,
+    )
+
+
+def _explain(loss: Tensor, common: _Common) -> None:
+    """Name the voxel when the loss is not finite because the logits were not."""
+    if check.values_checked(common.logits) and not bool(torch.isfinite(loss)):
+        valid = common.target != common.ignore_index
+        check.explain_non_finite(
+            loss, common.logits, valid if common.mask is None else valid & common.mask
+        )
+
+
+def evidential_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    kind: str = "digamma",
+    evidence: str = "softplus",
+    prior: check.Numbers = 1.0,
+    ace_weight: float = 1.0,
+    kl_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    dice: str = "adaptive_tversky",
+    class_weight: check.Numbers | None = None,
+    include_background: bool = True,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    process_group: Any | None = None,
+    compat: str | None = None,
+    return_terms: bool = False,
+) -> Any:
+    """Evidential segmentation loss: ace_weight * ACE + kl_weight * KL + dice_weight * (1 - Dice).
+
+    ACE is the expected cross-entropy (`digamma`), its `log` or `mse` form (Sensoy et al., NeurIPS 2018), KL the
+    divergence of the wrong classes' evidence from the prior; both are means over counted voxels. Dice is taken over
+    the whole batch, `adaptive_tversky` (Li et al., MICCAI 2025) or `soft`, and averaged over classes.
+
+    Args:
+        logits: (N, K, *spatial), K >= 2.
+        target: index map or one-hot, see the module's docstring.
+        kind: `digamma`, `log` or `mse`.
+        evidence: `softplus`, `relu` or `exp`.
+        prior: one number or K of them, each at least 1e-3.
+        dice: `adaptive_tversky` or `soft`.
+        class_weight: K numbers; weights ACE and KL by the voxel's class and divides by their sum, and Dice by
+            w_k / sum w. Always K long, whatever `include_background`.
+        include_background: False drops class 0 from Dice only.
+        ignore_index: label of voxels that contribute to no sum and get exactly zero gradient.
+        mask: voxels that count.
+        process_group: sums run over its ranks; gradients follow DistributedDataParallel's averaging.
+        compat: "official" reproduces the published programs: the squared error of `mse` counted K times, and 1 in
+            place of the true class's prior in KL.
+        return_terms: also return EvidentialTerms(ace, kl, dice), unweighted and detached.
+
+    Returns:
+        0-d float32 (float64 for float64 logits). Exactly 0, with zero gradient, where no voxel counts.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    common = _check_common(
+        logits,
+        target,
+        kind=kind,
+        evidence=evidence,
+        prior=prior,
+        ace_weight=ace_weight,
+        kl_weight=kl_weight,
+        dice_weight=dice_weight,
+        dice=dice,
+        class_weight=class_weight,
+        include_background=include_background,
+        ignore_index=ignore_index,
+        mask=mask,
+        compat=compat,
+    )
+    w = common.weights
+    if common.backend == "reference":
+        ace, kl, dice_term = _reference_terms(common, process_group)
+        loss = w.ace * ace + w.kl * kl + w.dice * dice_term
+        terms = EvidentialTerms(ace.detach(), kl.detach(), dice_term.detach())
+    else:
+        loss, stacked = EvidentialLossFunction.apply(
+            common.logits,
+            common.target,
+            common.mask,
+            common.ignore_index,
+            common.formula,
+            w,
+            process_group,
+            common.backend,
+        )
+        terms = EvidentialTerms(*stacked.unbind())
+    _explain(loss, common)
+    return (loss, terms) if return_terms else loss
+
+
+def boundary_distance(
+    target: Tensor,
+    *,
+    max_distance: float | None = None,
+    spacing: check.Numbers | None = None,
+    spatial_dims: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Exact Euclidean distance to the thick boundary of any foreground class.
+
+    A voxel is boundary when its 3^ndim neighbourhood, cut at the image border, is not constant in "belongs to class
+    c" for some c >= 1. Ignored voxels make no boundary.
+
+    Args:
+        target: index map, never one-hot: (N, *spatial), or (N, 1, *spatial) where `spatial_dims` or the length of
+            `spacing` says so. Any integer dtype.
+        max_distance: exact up to here, +inf beyond (values within 1e-5 relative may fall on either side).
+        spacing: voxel spacing in array-axis order; 1 where None. Distances are in its unit.
+        spatial_dims: 2 or 3; by default every dimension after the first.
+
+    Returns:
+        Float32 (N, 1, *spatial); +inf everywhere in an image without a boundary. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    labels = check.plain_tensor(target, "target")
+    if labels.dtype not in check.INT_DTYPES:
+        raise TypeError(f"target: expected an integer index map, got {labels.dtype}")
+    ndim = spatial_dims
+    if ndim is None and spacing is not None and not isinstance(spacing, (int, float)):
+        ndim = len(spacing)
+    if ndim is None:
+        ndim = labels.ndim - 1
+    if ndim not in (2, 3):
+        raise ValueError(f"target: expected 2 or 3 spatial axes, got {ndim} in shape {check.shape_of(labels)}")
+    if labels.ndim == ndim + 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if labels.ndim != ndim + 1 or 0 in labels.shape:
+        raise ValueError(
+            f"target: expected shape (N, *spatial) or (N, 1, *spatial) with {ndim} spatial axes, none of length 0, "
+            f"got {check.shape_of(labels)}"
+        )
+    steps = check.check_spacing(spacing, ndim)
+    if max_distance is not None:
+        max_distance = check.check_number(max_distance, "max_distance", infinite=True)
+    ignore_index = check.check_int(ignore_index, "ignore_index")
+    module = distance_reference if get_backend(labels) == "reference" else distance_closed_form
+    return module.boundary_distance(
+        check.torch_integer(labels), max_distance=max_distance, spacing=steps, ignore_index=ignore_index
+    )
+
+
+def boundary_band(
+    target: Tensor,
+    *,
+    near: float = 4.0,
+    far: float = 4.0,
+    boundary: float = 1.0,
+    spacing: check.Numbers | None = None,
+    spatial_dims: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Where each voxel lies relative to the boundary, one byte a voxel: what the fused loss reads.
+
+    2 on the boundary (d <= boundary), 1 near it (d <= near), 0 between, 3 far (d > far), with d and the other
+    arguments as in `boundary_distance`.
+
+    Returns:
+        uint8 (N, 1, *spatial).
+
+    Raises:
+        ValueError: unless boundary <= near <= far; and as `boundary_distance`.
+    """
+    boundary, near, far = _check_thresholds(boundary, near, far)
+    distance = boundary_distance(
+        target, max_distance=far, spacing=spacing, spatial_dims=spatial_dims, ignore_index=ignore_index
+    )
+    return _band_of(distance, boundary, near, far)
+
+
+def _check_thresholds(boundary: float, near: float, far: float) -> tuple[float, float, float]:
+    boundary = check.check_number(boundary, "boundary")
+    near = check.check_number(near, "near")
+    far = check.check_number(far, "far")
+    if not boundary <= near <= far:
+        raise ValueError(
+            f"boundary, near, far: expected boundary <= near <= far, got {boundary:g}, {near:g}, {far:g}"
+        )
+    return boundary, near, far
+
+
+def _band_of(distance: Tensor, boundary: float, near: float, far: float) -> Tensor:
+    band = torch.full(distance.shape, BETWEEN, dtype=torch.uint8, device=distance.device)
+    band.masked_fill_(distance > far, FAR)
+    band.masked_fill_(distance <= near, NEAR)
+    return band.masked_fill_(distance <= boundary, BOUNDARY)
+
+
+def supervised_evidential_loss(
+    logits: Tensor,
+    target: Tensor,
+    image: Tensor | None,
+    *,
+    gradient: Tensor | None = None,
+    distance: Tensor | None = None,
+    band: Tensor | None = None,
+    supervision: str = "covariance",
+    gradient_weight: float = 1.0,
+    far_weight: float = 1.0,
+    boundary: float = 1.0,
+    near: float = 4.0,
+    far: float = 4.0,
+    relation: str = "decreasing",
+    operator: str = "sobel",
+    spacing: check.Numbers | None = None,
+    padding_mode: str = "replicate",
+    channel_reduction: str = "l2",
+    kind: str = "digamma",
+    evidence: str = "softplus",
+    prior: check.Numbers = 1.0,
+    ace_weight: float = 1.0,
+    kl_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    dice: str = "adaptive_tversky",
+    class_weight: check.Numbers | None = None,
+    include_background: bool = True,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    process_group: Any | None = None,
+    compat: str | None = None,
+    return_terms: bool = False,
+) -> Any:
+    """Evidential loss and gradient-weighted uncertainty supervision in the same sweep.
+
+    evidential_loss + gradient_weight * C + far_weight * F. C is the covariance form of the gradient-uncertainty
+    loss, relu(Cov(u, g) / std(g)) over the boundary voxels of an image (vacuity u, gradient magnitude g), averaged
+    over images; F the mean of u over voxels far from every boundary. Gradients flow to the logits alone.
+
+    Args:
+        logits, target: as `evidential_loss`, which also explains the arguments not named here.
+        image: (N, M, *spatial), floating point; may be None where `gradient` is given.
+        gradient: gradient magnitude (N, 1, *spatial) computed once; `image` is then not read.
+        distance: boundary distance (N, 1, *spatial) computed once.
+        band: `boundary_band` (N, 1, *spatial) computed once; goes before `distance`.
+        supervision: `covariance`, or `correlation` (divided by std(u) as well). `exact` is not available yet.
+        boundary, near, far: distances that define the band, in the unit of `spacing`.
+        relation: `decreasing` penalises uncertainty that rises with the gradient, `increasing` the opposite.
+        operator, spacing, padding_mode, channel_reduction: as `gradient_magnitude`; `spacing` also serves the
+            distance.
+
+    Returns:
+        0-d float32 (float64 for float64 logits), and SupervisedTerms(ace, kl, dice, gradient, far) with
+        `return_terms`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; also when `image`, `gradient`
+            or `distance` require a gradient, which they cannot get.
+        NotImplementedError: for supervision="exact".
+    """
+    common = _check_common(
+        logits,
+        target,
+        kind=kind,
+        evidence=evidence,
+        prior=prior,
+        ace_weight=ace_weight,
+        kl_weight=kl_weight,
+        dice_weight=dice_weight,
+        dice=dice,
+        class_weight=class_weight,
+        include_background=include_background,
+        ignore_index=ignore_index,
+        mask=mask,
+        compat=compat,
+    )
+    form = check.check_choice(supervision, "supervision", SUPERVISIONS)
+    if form == "exact":
+        raise NotImplementedError(
+            "supervision='exact' needs the exact pairwise ranking, which this version does not have yet; "
+            "use 'covariance' or 'correlation'"
+        )
+    options = Supervision(
+        check.check_number(gradient_weight, "gradient_weight"),
+        check.check_number(far_weight, "far_weight"),
+        form,
+        check.check_choice(relation, "relation", RELATIONS),
+    )
+    n, _, *spatial = common.logits.shape
+    source, filter_ = _gradient_source(
+        image, gradient, common.logits, operator, spacing, padding_mode, channel_reduction
+    )
+    bands = _band_for(
+        band, distance, common, n, spatial, _check_thresholds(boundary, near, far), filter_.spacing
+    )
+    if common.backend == "reference":
+        loss, stacked = _reference_supervised(common, source, filter_, bands, options, process_group)
+    else:
+        loss, stacked = SupervisedEvidentialLossFunction.apply(
+            common.logits,
+            common.target,
+            source,
+            bands,
+            common.mask,
+            common.ignore_index,
+            common.formula,
+            common.weights,
+            options,
+            filter_,
+            process_group,
+            common.backend,
+        )
+    _explain(loss, common)
+    return (loss, SupervisedTerms(*stacked.unbind())) if return_terms else loss
+
+
+def _gradient_source(
+    image: Tensor | None,
+    gradient: Tensor | None,
+    logits: Tensor,
+    operator: str,
+    spacing: check.Numbers | None,
+    padding_mode: str,
+    channel_reduction: str,
+) -> tuple[Tensor, Filter]:
+    """The map that the gradient magnitude is read or made from, checked, and how."""
+    n, _, *spatial = logits.shape
+    filter_ = Filter(
+        check.check_choice(operator, "operator", OPERATORS),
+        check.check_spacing(spacing, len(spatial)),
+        check.check_choice(padding_mode, "padding_mode", PADDING_MODES),
+        check.check_choice(channel_reduction, "channel_reduction", CHANNEL_REDUCTIONS),
+        gradient is not None,
+    )
+    name = "gradient" if gradient is not None else "image"
+    given = gradient if gradient is not None else image
+    if given is None:
+        raise TypeError("image: expected a torch.Tensor (or a gradient magnitude as `gradient`), got None")
+    source = check.check_float_map(given, name)
+    check.check_same_device(source, name, logits, "logits")
+    expected = (n, 1 if gradient is not None else source.shape[1], *spatial)
+    if check.shape_of(source) != expected:
+        raise ValueError(
+            f"{name}: expected shape {(n, 1 if gradient is not None else 'M', *spatial)}, "
+            f"got {check.shape_of(source)}"
+        )
+    _refuse_gradient(source, name)
+    if image is not None and gradient is not None:
+        _refuse_gradient(image, "image")
+    return source, filter_
+
+
+def _refuse_gradient(tensor: Tensor, name: str) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: requires a gradient, but gets none from this loss; pass {name}.detach()")
+
+
+def _band_for(
+    band: Tensor | None,
+    distance: Tensor | None,
+    common: _Common,
+    n: int,
+    spatial: list[int],
+    thresholds: tuple[float, float, float],
+    spacing: tuple[float, ...],
+) -> Tensor:
+    """The band (N, *spatial) that was handed in, or that follows from the distance or the labels."""
+    if band is not None:
+        bands = check.check_voxel_map(band, "band", n, spatial, common.logits)
+        if bands.dtype != torch.uint8:
+            raise TypeError(f"band: expected uint8 as boundary_band returns, got {bands.dtype}")
+        if check.values_checked(bands) and int(bands.max()) > FAR:
+            raise ValueError(f"band: expected values 0 to {FAR}, got {int(bands.max())}")
+        return bands
+    if distance is not None:
+        distances = check.check_voxel_map(distance, "distance", n, spatial, common.logits)
+        if not distances.is_floating_point():
+            raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
+        _refuse_gradient(distances, "distance")
+        return _band_of(distances, *thresholds)
+    boundary, near, far = thresholds
+    return boundary_band(
+        common.target,
+        near=near,
+        far=far,
+        boundary=boundary,
+        spacing=spacing,
+        ignore_index=common.ignore_index,
+    ).squeeze(1)
+
+
+def _reference_supervised(
+    common: _Common,
+    source: Tensor,
+    filter_: Filter,
+    bands: Tensor,
+    options: Supervision,
+    process_group: Any | None,
+) -> tuple[Tensor, Tensor]:
+    ace, kl, dice = _reference_terms(common, process_group)
+    counted = common.target != common.ignore_index
+    if common.mask is not None:
+        counted = counted & common.mask
+    z = torch.where(counted.unsqueeze(1), common.logits, 0.0)
+    (u,) = dirichlet_reference.dirichlet_uncertainty(
+        z, evidence=common.formula.evidence, prior=common.formula.prior, measures=("vacuity",)
+    )
+    g = source
+    if not filter_.cached:
+        g = gradient_reference.gradient_magnitude(
+            source,
+            operator=filter_.operator,
+            spacing=filter_.spacing,
+            padding_mode=filter_.padding_mode,
+            channel_reduction=filter_.channel_reduction,
+        )
+    c, f = supervised_reference.supervision_terms(
+        u.flatten(1),
+        g.flatten(1),
+        bands.flatten(1),
+        counted.flatten(1),
+        supervision=options.form,
+        relation=options.relation,
+        process_group=process_group,
+    )
+    w = common.weights
+    loss = w.ace * ace + w.kl * kl + w.dice * dice + options.gradient_weight * c + options.far_weight * f
+    return loss, torch.stack((ace, kl, dice, c, f)).detach()

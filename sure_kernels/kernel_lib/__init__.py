@@ -1,0 +1,1 @@
+"""What the ops share: special functions, evidence activations, 3-tap filters, distributed sums."""

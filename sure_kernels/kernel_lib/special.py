@@ -1,0 +1,99 @@
+"""Special functions and evidence activations of the closed forms, in PyTorch.
+
+float32 takes the minimax forms (one logarithm and one reciprocal for all of them); float64 takes torch's own.
+`below_one` says that arguments may lie in [1e-3, 1): then one recurrence step comes first,
+digamma(x) = digamma(x + 1) - 1 / x, and so on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sure_kernels.kernel_lib import minimax
+
+EVIDENCE = ("softplus", "relu", "exp")
+EXP_LIMIT = 10.0
+
+
+def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
+    result = t * coefficients[0] + coefficients[1]
+    for c in coefficients[2:]:
+        result = result * t + c
+    return result
+
+
+def _shifted(x: Tensor, below_one: bool) -> tuple[Tensor, Tensor]:
+    """y = x' + SHIFT and t = 1 / y for x' = x, or x + 1 after the recurrence step."""
+    y = x + (minimax.SHIFT + below_one)
+    return y, y.reciprocal()
+
+
+def digamma_difference(x: Tensor, gap: Tensor, below_one: bool) -> Tensor:
+    """digamma(x + gap) - digamma(x) for gap >= 0, without cancellation of the logarithms."""
+    if x.dtype == torch.float64:
+        return torch.digamma(x + gap) - torch.digamma(x)
+    y, t = _shifted(x, below_one)
+    _, t_sum = _shifted(x + gap, below_one)
+    result = torch.log1p(gap * t) + (_horner(minimax.P, t_sum) * t_sum - _horner(minimax.P, t) * t)
+    if below_one:
+        result = result + x.reciprocal() - (x + gap).reciprocal()
+    return result
+
+
+def digamma_next_minus_log(x: Tensor) -> Tensor:
+    """digamma(x + 1) - ln x for x > 0, accurate where it is small beside the logarithm."""
+    if x.dtype == torch.float64:
+        return torch.digamma(x + 1) - torch.log(x)
+    _, t = _shifted(x, below_one=True)
+    return torch.log1p((minimax.SHIFT + 1) / x) + _horner(minimax.P, t) * t
+
+
+def trigamma(x: Tensor, below_one: bool) -> Tensor:
+    if x.dtype == torch.float64:
+        return torch.polygamma(1, x)
+    _, t = _shifted(x, below_one)
+    result = t * _horner(minimax.R, t)
+    return result + x.reciprocal().square() if below_one else result
+
+
+def kl_term(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
+    """h(x, b) = (x - b) digamma(x) - lgamma(x) - (x - b).
+
+    The KL divergence of two Dirichlet distributions is a sum of these; the terms linear in x, which would cancel
+    between them, are already gone.
+    """
+    if x.dtype == torch.float64:
+        return (x - b) * torch.digamma(x) - torch.lgamma(x) - (x - b)
+    y, t = _shifted(x, below_one)
+    p, q = _horner(minimax.P, t) * t, _horner(minimax.Q, t)
+    if below_one:
+        return (-0.5 - b) * torch.log(y) + (x - b) * (p - x.reciprocal()) - q + torch.log(x) + (b + 1.0)
+    return (0.5 - b) * torch.log(y) + (x - b) * p - q + b
+
+
+def lgamma(x: Tensor, below_one: bool) -> Tensor:
+    if x.dtype == torch.float64:
+        return torch.lgamma(x)
+    y, t = _shifted(x, below_one)
+    shifted = x + 1.0 if below_one else x
+    result = (shifted - 0.5) * torch.log(y) - shifted + _horner(minimax.Q, t)
+    return result - torch.log(x) if below_one else result
+
+
+def evidence(z: Tensor, kind: str) -> Tensor:
+    """e = act(z) >= 0: softplus, relu, or exp of z clamped to [-10, 10]."""
+    if kind == "softplus":
+        return z.clamp_min(0) + torch.log1p(torch.exp(-z.abs()))
+    if kind == "relu":
+        return z.clamp_min(0)
+    return torch.exp(z.clamp(-EXP_LIMIT, EXP_LIMIT))
+
+
+def evidence_slope(z: Tensor, e: Tensor, kind: str) -> Tensor:
+    """de / dz, given e = evidence(z, kind)."""
+    if kind == "softplus":
+        return torch.sigmoid(z)
+    if kind == "relu":
+        return (z > 0).to(z.dtype)
+    return torch.where(z.abs() <= EXP_LIMIT, e, 0.0)

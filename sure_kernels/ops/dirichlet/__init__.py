@@ -1,0 +1,1 @@
+"""Dirichlet measures of a voxel: expected probability, vacuity, entropies, dissonance."""

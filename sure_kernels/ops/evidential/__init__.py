@@ -1,0 +1,1 @@
+"""The evidential loss: expected cross-entropy, KL of the wrong evidence, Dice."""

@@ -1,0 +1,67 @@
+"""Custom ops, their fakes and the autograd Function of `gradient_magnitude`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sure_kernels.ops.gradient_magnitude import closed_form
+
+
+@torch.library.custom_op("sure_kernels::gradient_magnitude", mutates_args=())
+def gradient_magnitude_forward(
+    image: Tensor,
+    operator: str,
+    spacing: Sequence[float],
+    padding_mode: str,
+    channel_reduction: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return closed_form.forward(image, operator, tuple(spacing), padding_mode, channel_reduction, eps)
+
+
+@gradient_magnitude_forward.register_fake
+def _(image, operator, spacing, padding_mode, channel_reduction, eps, backend):
+    n, _, *spatial = image.shape
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    return image.new_empty((n, 1, *spatial), dtype=dtype)
+
+
+@torch.library.custom_op("sure_kernels::gradient_magnitude_backward", mutates_args=())
+def gradient_magnitude_backward(
+    grad: Tensor,
+    image: Tensor,
+    operator: str,
+    spacing: Sequence[float],
+    padding_mode: str,
+    channel_reduction: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return closed_form.backward(grad, image, operator, tuple(spacing), padding_mode, channel_reduction, eps)
+
+
+@gradient_magnitude_backward.register_fake
+def _(grad, image, operator, spacing, padding_mode, channel_reduction, eps, backend):
+    return torch.empty_like(image, memory_format=torch.contiguous_format)
+
+
+class GradientMagnitudeFunction(torch.autograd.Function):
+    """Keeps the image alone; backward filters it again."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(image)
+        ctx.options = options
+        return gradient_magnitude_forward(image, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (image,) = ctx.saved_tensors
+        return gradient_magnitude_backward(grad, image, *ctx.options), *(None,) * len(ctx.options)

@@ -1,0 +1,54 @@
+"""The public functions in plain PyTorch: short, readable, any dtype, straight from the formulas.
+
+Same names and arguments as in `sure_kernels`; differentiable by autograd. Beside them stand the formulas on
+concentrations that they are made of. Kernels are held to these.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sure_kernels import functional
+from sure_kernels.backends import backend
+from sure_kernels.ops.evidential.reference import (
+    adaptive_tversky,
+    dirichlet_kl,
+    expected_cross_entropy,
+    soft_dice,
+)
+from sure_kernels.ops.supervised.reference import covariance_supervision
+
+__all__ = [
+    "adaptive_tversky",
+    "boundary_band",
+    "boundary_distance",
+    "covariance_supervision",
+    "dirichlet_kl",
+    "dirichlet_uncertainty",
+    "evidential_loss",
+    "expected_cross_entropy",
+    "gradient_magnitude",
+    "soft_dice",
+    "supervised_evidential_loss",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _by_reference(function: F) -> F:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with backend("reference"):
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+gradient_magnitude = _by_reference(functional.gradient_magnitude)
+dirichlet_uncertainty = _by_reference(functional.dirichlet_uncertainty)
+evidential_loss = _by_reference(functional.evidential_loss)
+boundary_distance = _by_reference(functional.boundary_distance)
+boundary_band = _by_reference(functional.boundary_band)
+supervised_evidential_loss = _by_reference(functional.supervised_evidential_loss)

@@ -1,0 +1,268 @@
+"""Argument checks, one message style: the argument, what was expected, what came.
+
+TypeError for types and dtypes, ValueError for shapes, devices and values. Checks that read values (label
+range, non-finite numbers) would make a GPU wait, so there they run only under SURE_KERNELS_CHECKS=1; on the
+CPU they run unless SURE_KERNELS_CHECKS=0. Nothing here runs value checks while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT_DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+MINIMUM_PRIOR = 1e-3
+
+Numbers = float | Sequence[float] | Tensor
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple, as messages print it."""
+    return tuple(tensor.shape)
+
+
+def values_checked(tensor: Tensor) -> bool:
+    """Whether checks that read `tensor`'s values run (see the module's docstring)."""
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return False
+    setting = os.environ.get("SURE_KERNELS_CHECKS", "")
+    return setting == "1" or (tensor.device.type == "cpu" and setting != "0")
+
+
+def plain_tensor(value: object, name: str) -> Tensor:
+    """`value` as a torch.Tensor; subclasses such as MONAI's MetaTensor are unwrapped."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if type(value) is not Tensor and not isinstance(value, torch.nn.Parameter):
+        if torch.compiler.is_compiling():
+            return value
+        return value.as_subclass(Tensor)
+    return value
+
+
+def check_float_map(value: object, name: str, *, minimum_channels: int = 1) -> Tensor:
+    """A floating-point map (N, C, *spatial) with two or three spatial axes, none of them empty."""
+    tensor = plain_tensor(value, name)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.ndim not in (4, 5):
+        raise ValueError(
+            f"{name}: expected shape (N, C, *spatial) with 2 or 3 spatial axes, got {shape_of(tensor)}"
+        )
+    if tensor.shape[1] < minimum_channels:
+        raise ValueError(
+            f"{name}: expected at least {minimum_channels} entries along axis 1, got {shape_of(tensor)}"
+        )
+    if 0 in tensor.shape:
+        raise ValueError(f"{name}: expected no axis of length 0, got {shape_of(tensor)}")
+    return tensor
+
+
+def check_logits(logits: object) -> Tensor:
+    """Logits (N, K, *spatial), K >= 2."""
+    return check_float_map(logits, "logits", minimum_channels=2)
+
+
+def check_same_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} like {other_name}, got {tensor.device}")
+
+
+def check_target(target: object, logits: Tensor, ignore_index: int, mask: Tensor | None = None) -> Tensor:
+    """The index map (N, *spatial) of `target`; (N, 1, *spatial) is squeezed, one-hot is reduced once."""
+    tensor = plain_tensor(target, "target")
+    n, k, *spatial = logits.shape
+    index_shape = (n, *spatial)
+    check_same_device(tensor, "target", logits, "logits")
+    if shape_of(tensor) == shape_of(logits):
+        if values_checked(tensor):
+            total = tensor.sum(1, dtype=torch.float64) if tensor.is_floating_point() else tensor.sum(1)
+            if not (bool((total == 1).all()) and bool((tensor.amax(1) == 1).all())):
+                raise ValueError(
+                    f"target: shape {shape_of(tensor)} is read as one-hot, but not every voxel holds a single 1"
+                )
+        return (tensor if tensor.dtype != torch.bool else tensor.to(torch.uint8)).argmax(1)
+    if tensor.dtype not in INT_DTYPES:
+        raise TypeError(
+            f"target: expected integer labels of shape {index_shape}, got {tensor.dtype} of {shape_of(tensor)}"
+        )
+    if shape_of(tensor) == (n, 1, *spatial):
+        tensor = tensor.squeeze(1)
+    if shape_of(tensor) != index_shape:
+        raise ValueError(
+            f"target: expected integer labels of shape {index_shape} to match logits {shape_of(logits)}, "
+            f"got {shape_of(tensor)}"
+        )
+    tensor = torch_integer(tensor)
+    if values_checked(tensor):
+        check_label_range(tensor, k, ignore_index, mask)
+    return tensor
+
+
+def torch_integer(tensor: Tensor) -> Tensor:
+    """uint16, uint32 and uint64 lack most of torch's operations: hold them in the next wider signed type."""
+    if tensor.dtype == torch.uint16:
+        return tensor.to(torch.int32)
+    if tensor.dtype in (torch.uint32, torch.uint64):
+        return tensor.to(torch.int64)
+    return tensor
+
+
+def check_label_range(target: Tensor, k: int, ignore_index: int, mask: Tensor | None = None) -> None:
+    """ValueError unless every counted label lies in [0, k)."""
+    low, high = (int(v) for v in torch.aminmax(target))
+    if 0 <= low and high < k:
+        return
+    wrong = ((target < 0) | (target >= k)) & (target != ignore_index)
+    if mask is not None:
+        wrong = wrong & mask
+    if bool(wrong.any()):
+        found = torch.unique(target[wrong])[:5].tolist()
+        raise ValueError(
+            f"target: expected labels in [0, {k - 1}] or ignore_index={ignore_index}, got {found} "
+            f"in {int(wrong.sum())} voxels"
+        )
+
+
+def check_mask(mask: object, n: int, spatial: Sequence[int], like: Tensor) -> Tensor | None:
+    """A boolean (N, *spatial) mask, or None; (N, 1, *spatial) and 0/1 numbers are accepted."""
+    if mask is None:
+        return None
+    tensor = plain_tensor(mask, "mask")
+    check_same_device(tensor, "mask", like, "the map it belongs to")
+    if shape_of(tensor) == (n, 1, *spatial):
+        tensor = tensor.squeeze(1)
+    if shape_of(tensor) != (n, *spatial):
+        raise ValueError(f"mask: expected shape {(n, *spatial)} or {(n, 1, *spatial)}, got {shape_of(tensor)}")
+    if tensor.dtype == torch.bool:
+        return tensor
+    if values_checked(tensor) and not bool(((tensor == 0) | (tensor == 1)).all()):
+        raise ValueError("mask: expected only 0 and 1, got other values")
+    return tensor != 0
+
+
+def check_voxel_map(value: object, name: str, n: int, spatial: Sequence[int], like: Tensor) -> Tensor:
+    """A map with one number a voxel, (N, 1, *spatial) or (N, *spatial), returned as (N, *spatial)."""
+    tensor = plain_tensor(value, name)
+    check_same_device(tensor, name, like, "logits")
+    if shape_of(tensor) == (n, 1, *spatial):
+        tensor = tensor.squeeze(1)
+    if shape_of(tensor) != (n, *spatial):
+        raise ValueError(f"{name}: expected shape {(n, 1, *spatial)}, got {shape_of(tensor)}")
+    return tensor
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_compat(compat: object) -> bool:
+    """True for compat="official"."""
+    if compat is None:
+        return False
+    return check_choice(compat, "compat", ("official",)) == "official"
+
+
+def check_number(
+    value: object, name: str, *, minimum: float = 0.0, exclusive: bool = False, infinite: bool = False
+) -> float:
+    """A finite Python number of at least `minimum` (above it where `exclusive`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    number = float(value)
+    too_small = number <= minimum if exclusive else number < minimum
+    if math.isnan(number) or (math.isinf(number) and not infinite) or too_small:
+        bound = f"above {minimum:g}" if exclusive else f"of at least {minimum:g}"
+        raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
+    return number
+
+
+def number_tuple(value: Numbers, name: str, length: int, owner: str) -> tuple[float, ...]:
+    """`length` Python floats from a number, a sequence or a 0-d or 1-d tensor."""
+    if isinstance(value, Tensor):
+        if value.ndim > 1:
+            raise ValueError(f"{name}: expected one number or {length}, got shape {shape_of(value)}")
+        value = value.tolist()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (float(value),) * length
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        try:
+            value = list(value)  # type: ignore[arg-type]  # numpy arrays and other iterables
+        except TypeError:
+            raise TypeError(
+                f"{name}: expected one number or {length}, got {type(value).__name__}"
+            ) from None
+    if any(isinstance(v, (bool, str)) or not hasattr(v, "__float__") for v in value):
+        raise TypeError(f"{name}: expected numbers, got {value!r}")
+    numbers = tuple(float(v) for v in value)
+    if len(numbers) != length:
+        raise ValueError(f"{name}: expected {length} numbers, one per {owner}, got {len(numbers)}")
+    return numbers
+
+
+def check_prior(prior: Numbers, k: int) -> tuple[float, ...]:
+    """The prior as K floats, each at least 1e-3."""
+    numbers = number_tuple(prior, "prior", k, "class")
+    if not all(MINIMUM_PRIOR <= v < math.inf for v in numbers):
+        raise ValueError(f"prior: expected finite entries of at least {MINIMUM_PRIOR:g}, got {numbers}")
+    return numbers
+
+
+def check_class_weight(class_weight: Numbers | None, k: int) -> tuple[float, ...] | None:
+    if class_weight is None:
+        return None
+    if isinstance(class_weight, (int, float)):
+        raise TypeError(f"class_weight: expected {k} numbers, one per class, got a single number")
+    numbers = number_tuple(class_weight, "class_weight", k, "class")
+    if not all(0 <= v < math.inf for v in numbers) or sum(numbers) == 0:
+        raise ValueError(f"class_weight: expected finite numbers >= 0, not all 0, got {numbers}")
+    return numbers
+
+
+def check_spacing(spacing: Numbers | None, ndim: int) -> tuple[float, ...]:
+    """Voxel spacing in array-axis order, 1 where None."""
+    if spacing is None:
+        return (1.0,) * ndim
+    numbers = number_tuple(spacing, "spacing", ndim, "spatial axis")
+    if not all(0 < v < math.inf for v in numbers):
+        raise ValueError(f"spacing: expected positive finite numbers, got {numbers}")
+    return numbers
+
+
+def check_int(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return value
+
+
+def explain_non_finite(value: Tensor, logits: Tensor, valid: Tensor | None) -> None:
+    """After a non-finite result only: ValueError naming NaN or infinite logits in counted voxels, if any."""
+    if not values_checked(logits) or bool(torch.isfinite(value).all()):
+        return
+    bad = ~torch.isfinite(logits).all(1)
+    if valid is not None:
+        bad = bad & valid
+    if bool(bad.any()):
+        where = torch.nonzero(bad)[0].tolist()
+        raise ValueError(
+            f"logits: expected finite values in counted voxels, got NaN or infinity in {int(bad.sum())} of them, "
+            f"first at (n, *spatial) = {tuple(where)}"
+        )
