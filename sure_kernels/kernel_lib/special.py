@@ -72,13 +72,16 @@ def kl_term(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
     return (0.5 - b) * torch.log(y) + (x - b) * p - q + b
 
 
-def lgamma(x: Tensor, below_one: bool) -> Tensor:
+def kl_term_slope(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
+    """dh/dx = (x - b) trigamma(x) - 1, small where x is large: x trigamma(x) tends to 1, and the 1 is taken off
+    inside the polynomial."""
     if x.dtype == torch.float64:
-        return torch.lgamma(x)
-    y, t = _shifted(x, below_one)
-    shifted = x + 1.0 if below_one else x
-    result = (shifted - 0.5) * torch.log(y) - shifted + _horner(minimax.Q, t)
-    return result - torch.log(x) if below_one else result
+        return (x - b) * torch.polygamma(1, x) - 1.0
+    _, t = _shifted(x, below_one)
+    r_tail = _horner(minimax.R[:-1], t)
+    r = r_tail * t + minimax.R[-1]
+    result = t * (r_tail - (b + (minimax.SHIFT + below_one)) * r)
+    return result + (x - b) / x.square() if below_one else result
 
 
 def evidence(z: Tensor, kind: str) -> Tensor:

@@ -22,6 +22,7 @@ from sure_kernels.kernel_lib.special import (
     digamma_next_minus_log,
     evidence_slope,
     kl_term,
+    kl_term_slope,
     trigamma,
 )
 from sure_kernels.kernel_lib.special import evidence as evidence_of
@@ -109,8 +110,8 @@ class _Measures:
         if name == "mutual_information":
             return up * (self._through_p(digamma_next_minus_log(self.a)) - self._expected_entropy_direct())
         if name == "differential_entropy":
-            total = (self.s - self.k) * trigamma(self.s, self.below_one)
-            return up * (total - (self.a - 1.0) * trigamma(self.a, self.below_one))
+            total = kl_term_slope(self.s, float(self.k), self.below_one)
+            return up * (total - kl_term_slope(self.a, 1.0, self.below_one))
         value, slope = self._dissonance()
         return up * (slope - value / self.s) / self.s
 

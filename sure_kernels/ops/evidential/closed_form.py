@@ -32,6 +32,7 @@ from sure_kernels.kernel_lib.special import (
     digamma_difference,
     evidence_slope,
     kl_term,
+    kl_term_slope,
     trigamma,
 )
 from sure_kernels.kernel_lib.special import evidence as evidence_of
@@ -96,7 +97,9 @@ class _Voxels:
         if len(set(formula.prior)) == 1:
             self.b_y: Tensor | float = formula.prior[0]
         else:
-            self.b_y = torch.where(self.is_y, b, 0.0).sum(0)
+            # A voxel that does not count has no class: any prior keeps its (unused) terms finite.
+            own = torch.where(self.is_y, b, 0.0).sum(0)
+            self.b_y = torch.where(own > 0, own, max(formula.prior))
         self.a_y = torch.where(self.is_y, self.e, 0.0).sum(0) + self.b_y
         self.prior_sum = sum(formula.prior)
         self.gap = self.t + (self.prior_sum - self.b_y)  # S - a_y
@@ -210,15 +213,14 @@ def gradient(
         below_one = formula.below_one
 
         # KL: wrong classes only.
-        psi1 = trigamma(v.a, below_one)
         s_kl = v.t + (v.prior_sum + v.kl_shift)
-        kl_common = (v.t + v.kl_shift) * trigamma(s_kl, below_one)
-        da = torch.where(v.is_y, 0.0, c_kl * (v.e * psi1 - kl_common))
+        kl_common = kl_term_slope(s_kl, v.prior_sum, below_one)
+        da = torch.where(v.is_y, 0.0, c_kl * (kl_term_slope(v.a, b, below_one) - kl_common))
 
         # ACE.
         if formula.kind == "digamma":
             da += c_ace * trigamma(v.s, below_one)
-            da -= torch.where(v.is_y, c_ace * psi1, 0.0)
+            da -= torch.where(v.is_y, c_ace * trigamma(v.a_y, below_one), 0.0)
         elif formula.kind == "log":
             da += c_ace / v.s
             da -= torch.where(v.is_y, c_ace / v.a_y, 0.0)
