@@ -1,0 +1,38 @@
+"""Data sets on disk, their checks, loading and saving, and synthetic phantoms."""
+
+from sure.data.checks import check_dataset, format_faults
+from sure.data.layouts import Case, Dataset, Fault, discover
+from sure.data.loading import (
+    IGNORE,
+    EvaluationCase,
+    TrainingData,
+    load_case,
+    load_image,
+    load_label,
+    normalise,
+    split_cases,
+)
+from sure.data.nifti import UnreadableError, read_nifti, save_nifti
+from sure.data.phantoms import phantom, write_phantoms
+
+__all__ = [
+    "IGNORE",
+    "Case",
+    "Dataset",
+    "EvaluationCase",
+    "Fault",
+    "TrainingData",
+    "UnreadableError",
+    "check_dataset",
+    "discover",
+    "format_faults",
+    "load_case",
+    "load_image",
+    "load_label",
+    "normalise",
+    "phantom",
+    "read_nifti",
+    "save_nifti",
+    "split_cases",
+    "write_phantoms",
+]

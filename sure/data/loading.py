@@ -1,0 +1,246 @@
+"""Volumes as tensors: normalised images, label maps, and training patches that depend on nothing but seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import monai.transforms as mt
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset as TorchDataset
+
+from sure.config import TrainConfig
+from sure.data.layouts import Case
+from sure.data.nifti import UnreadableError, read_nifti, spacing_of
+from sure.errors import UserError
+
+IGNORE = 255
+"""Label of voxels that count nowhere: padding, and what the data set itself says to ignore."""
+
+_ACDC_PATIENT = re.compile(r"(patient\d+)_frame\d+")
+
+
+@dataclass(frozen=True)
+class EvaluationCase:
+    """A full volume, normalised as in training, with the geometry that its results must carry."""
+
+    name: str
+    image: torch.Tensor
+    """float32 `(M, *spatial)`, z-scored."""
+    label: torch.Tensor | None
+    """int16 `(1, *spatial)`, IGNORE where ignored; None where the case has no label."""
+    affine: NDArray[np.float64]
+    header: nib.Nifti1Header
+    """Of the first channel's file: what `save_nifti` takes as `like`."""
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel size in mm, in array-axis order."""
+        return spacing_of(self.affine, self.image.ndim - 1)
+
+
+def load_image(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float64], nib.Nifti1Header]:
+    """Intensities as stored: `(float32 (M, *spatial), affine 4x4, header of the first file)`.
+
+    One file for each channel, or one 4D file with the channels last. Raises UserError for a file that cannot be
+    read, is no image of real finite numbers, or has another shape than the first.
+    """
+    channels: list[NDArray[np.float32]] = []
+    affines, headers = [], []
+    for path in case.images:
+        array, affine, header = read_nifti(path)
+        if array.ndim == 4 and (len(case.images) == 1 or array.shape[3] == 1):
+            array = np.moveaxis(array, 3, 0)
+        elif array.ndim in (2, 3):
+            array = array[None]
+        else:
+            raise UserError(f"{path}: expected a 2D or 3D image, found shape {array.shape}")
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"{path}: expected real numbers, found {array.dtype}")
+        if channels and array.shape != channels[0].shape:
+            raise UserError(f"{path}: expected shape {channels[0].shape[1:]}, found {array.shape[1:]}")
+        with np.errstate(over="ignore"):
+            channels.append(array.astype(np.float32))
+        if not np.isfinite(channels[-1]).all():
+            raise UserError(f"{path}: expected finite voxels, found NaN, infinity or more than float32 holds")
+        affines.append(affine)
+        headers.append(header)
+    return np.concatenate(channels), affines[0], headers[0]
+
+
+def load_label(case: Case, *, ignore_label: int | None = None) -> NDArray[np.int16]:
+    """The label map, int16 `(1, *spatial)`, with `ignore_label` replaced by IGNORE.
+
+    Raises UserError where there is none, it cannot be read, or it holds other than whole numbers in [0, 255).
+    """
+    if case.label is None:
+        raise UserError(f"{case.name}: has no label")
+    array, _, _ = read_nifti(case.label)
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or array.dtype.kind not in "biuf":
+        raise UserError(f"{case.label}: expected a 2D or 3D label map, found {array.dtype} {array.shape}")
+    ignored = np.zeros(array.shape, bool) if ignore_label is None else array == ignore_label
+    # Written so that NaN fails too.
+    sound = ignored | ((array >= 0) & (array < IGNORE) & (array == np.rint(array)))
+    if not sound.all():
+        raise UserError(
+            f"{case.label}: expected whole numbers from 0 to {IGNORE - 1}, found {array[~sound][0]:g}"
+        )
+    return np.where(ignored, IGNORE, array).astype(np.int16)[None]
+
+
+def normalise(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """z-score of each channel over its whole volume; `(M, *spatial)` to the same. A constant channel becomes 0.
+
+    Not MONAI's NormalizeIntensity: its float32 moments divide a constant image by rounding noise and overflow
+    on large intensities.
+    """
+    values = image.astype(np.float64)
+    axes = tuple(range(1, values.ndim))
+    mean, std = values.mean(axes, keepdims=True), values.std(axes, keepdims=True)
+    flat = std <= 1e-6 * np.abs(mean)
+    return np.where(flat, 0.0, (values - mean) / np.where(flat, 1.0, std)).astype(np.float32)
+
+
+def load_case(case: Case, *, ignore_label: int | None = None) -> EvaluationCase:
+    """Read and normalise one case; its label too, where it has one. Raises UserError as its parts do."""
+    image, affine, header = load_image(case)
+    label = None if case.label is None else torch.from_numpy(load_label(case, ignore_label=ignore_label))
+    if label is not None and label.shape[1:] != image.shape[1:]:
+        raise UserError(f"{case.label}: expected shape {image.shape[1:]}, found {tuple(label.shape[1:])}")
+    return EvaluationCase(case.name, torch.from_numpy(normalise(image)), label, affine, header)
+
+
+class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
+    """Random patches of cases that are held in memory.
+
+    Item i is `{"image": float32 (M, *patch), "label": uint8 (1, *patch)}`; smaller images are padded with 0, the
+    mean, and their label with IGNORE. There are `patches_per_image` items for each volume, in 2D for each slice
+    along the last axis. Half of the patches are centred on a foreground voxel where the image has one.
+
+    An item is a function of (config.seed, epoch, i) alone: neither the number of workers, nor the order, nor
+    earlier epochs matter, so a resumed run sees what an uninterrupted one would have seen.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], config: TrainConfig, *, ignore_label: int | None = None
+    ) -> None:
+        """Read all `cases`. Raises UserError for none, for what cannot be read, and for 2D images in 3D training."""
+        if not cases:
+            raise UserError("no case to train on")
+        self._config = config
+        # Shared memory: workers that outlive an epoch see set_epoch too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        keys = ("image", "label")
+        pad = mt.Compose(
+            [
+                mt.SpatialPadd("image", config.patch),
+                mt.SpatialPadd("label", config.patch, value=IGNORE),
+            ]
+        )
+        self._items: list[dict[str, Any]] = []
+        for case in cases:
+            loaded = load_case(case, ignore_label=ignore_label)
+            if loaded.label is None:
+                raise UserError(f"{case.name}: has no label to train on")
+            for image, label in _views(loaded.image, loaded.label.to(torch.uint8), config.spatial_dims, case):
+                padded = {k: _plain(v) for k, v in pad({"image": image, "label": label}).items()}
+                flat = padded["label"].flatten()
+                padded["foreground"] = torch.nonzero((flat > 0) & (flat != IGNORE))[:, 0].numpy()
+                self._items.append(padded)
+        size = config.patch
+        self._crop = mt.Compose([mt.RandSpatialCropd(keys, size, random_size=False)])
+        # The background indices stand for nothing (pos=1, neg=0), but MONAI wants them beside the foreground's.
+        self._crop_foreground = mt.Compose(
+            [
+                mt.RandCropByPosNegLabeld(
+                    keys,
+                    "label",
+                    size,
+                    pos=1,
+                    neg=0,
+                    fg_indices_key="foreground",
+                    bg_indices_key="foreground",
+                )
+            ]
+        )
+        self._augment = mt.Compose(
+            [
+                *(mt.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(config.spatial_dims)),
+                mt.RandScaleIntensityd("image", factors=0.1, prob=0.5),
+                mt.RandShiftIntensityd("image", offsets=0.1, prob=0.5),
+            ]
+        )
+
+    @property
+    def channels(self) -> int:
+        """Image channels M."""
+        return int(self._items[0]["image"].shape[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the patches of `epoch`; workers that are already running follow."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self._items) * self._config.patches_per_image
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        seeds = np.random.SeedSequence([self._config.seed, int(self._epoch), index])
+        choose, crop, augment = (int(s) for s in seeds.generate_state(3))
+        item = self._items[index // self._config.patches_per_image]
+        if choose % 2 and len(item["foreground"]):
+            (patch,) = cast(list[dict[str, Any]], self._crop_foreground.set_random_state(crop)(item))
+        else:
+            patch = self._crop.set_random_state(crop)({k: item[k] for k in ("image", "label")})
+        if self._config.augment:
+            patch = self._augment.set_random_state(augment)(patch)
+        return {k: _plain(patch[k]).contiguous() for k in ("image", "label")}
+
+
+def split_cases(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tuple[list[Case], list[Case]]:
+    """`(train, held_out)` of one fold of a cross-validation.
+
+    A permutation drawn from `seed` deals the cases to the folds; it does not depend on their order here, which
+    both results keep. The frames of one ACDC patient stay together. Raises UserError for fewer cases (patients)
+    than folds, ValueError for an impossible fold.
+    """
+    if folds < 2 or not 0 <= fold < folds:
+        raise ValueError(f"fold: expected 0 <= fold < folds and folds >= 2, got fold {fold} of {folds}")
+    groups = sorted({_group(case) for case in cases})
+    if len(groups) < folds:
+        raise UserError(
+            f"folds: expected at most one for each case, got {folds} folds for {len(groups)} cases"
+        )
+    order = np.random.default_rng(seed).permutation(len(groups))
+    held = {groups[i] for i in order[fold::folds]}
+    return [c for c in cases if _group(c) not in held], [c for c in cases if _group(c) in held]
+
+
+def _group(case: Case) -> str:
+    match = _ACDC_PATIENT.fullmatch(case.name)
+    return match[1] if match else case.name
+
+
+def _views(
+    image: torch.Tensor, label: torch.Tensor, spatial_dims: int, case: Case
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The whole case, or in 2D its slices along the last axis."""
+    ndim = image.ndim - 1
+    if ndim == spatial_dims:
+        return [(image, label)]
+    if ndim < spatial_dims:
+        raise UserError(f"{case.images[0]}: expected a 3D image for spatial_dims 3, found a 2D image")
+    return list(zip(image.unbind(-1), label.unbind(-1), strict=True))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Without MONAI's metadata, which would travel through every worker."""
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor

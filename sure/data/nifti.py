@@ -1,0 +1,166 @@
+"""NIfTI in and out: reading that trusts no header, writing that leaves a whole file or none."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from sure.errors import UserError
+
+SUFFIXES = (".nii", ".nii.gz")
+MAX_BYTES = 2**36
+"""Largest volume that is read; a header that claims more is taken for damage."""
+
+_DEFLATE_RATIO = 1032  # the most that one byte of a gzip stream can expand to
+_CHUNK = 1 << 20
+
+
+class UnreadableError(UserError):
+    """A file that is no whole NIfTI volume. `problem` says why, without the file's name."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.problem = problem
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the name says NIfTI; hidden files (the `._` companions that macOS leaves) do not count."""
+    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+
+
+def stem(path: Path) -> str:
+    """File name without `.nii` or `.nii.gz`."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], nib.Nifti1Header]:
+    """Read a whole volume and verify it: `(array, affine 4x4, header)`.
+
+    The array has the stored dtype, or float64 where the header scales it. No more memory is taken than the
+    file really fills, whatever its header claims. Raises UnreadableError.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size == 0:
+            raise UnreadableError(path, "empty file" if path.is_file() else "not a file")
+        image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Image):
+            raise UnreadableError(path, f"expected a NIfTI file, found {type(image).__name__}")
+        needed = _needed_bytes(path, image, size)
+        raw = _read_bytes(path, needed)
+        if len(raw) < needed:
+            raise UnreadableError(path, f"truncated: {len(raw)} of {needed} bytes")
+        image = type(image).from_bytes(raw)
+        return np.asanyarray(image.dataobj), np.asarray(image.affine), image.header
+    except UnreadableError:
+        raise
+    except FileNotFoundError as error:
+        raise UnreadableError(path, "file not found") from error
+    except (EOFError, zlib.error) as error:
+        raise UnreadableError(path, f"truncated or damaged gzip stream ({_one_line(error)})") from error
+    except gzip.BadGzipFile as error:
+        raise UnreadableError(path, f"bad gzip file ({_one_line(error)})") from error
+    except Exception as error:  # nibabel and NumPy raise many kinds on a damaged header
+        raise UnreadableError(path, f"cannot be read as NIfTI ({_one_line(error)})") from error
+
+
+def save_nifti(
+    array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path: Path, dtype: DTypeLike
+) -> None:
+    """Write `array` `(*spatial)` on the grid of `like`, atomically.
+
+    Args:
+        array: 2D or 3D values. For an integer `dtype` they must be whole numbers in its range.
+        like: NIfTI file or header whose affine, qform, sform (with their codes), spacing and units are kept,
+            or a 4x4 affine in mm.
+        path: target, `.nii` or `.nii.gz`; its folder must exist.
+        dtype: stored type, without scaling.
+
+    Raises ValueError where shapes or values do not fit, UnreadableError for a bad reference file.
+    """
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"path: expected a name ending in .nii or .nii.gz, got {path.name}")
+    values, dtype = np.asarray(array), np.dtype(dtype)
+    with np.errstate(invalid="ignore"):
+        stored = values.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(stored, values):
+        raise ValueError(f"array: expected whole numbers that fit {dtype}")
+    header = _reference_header(like, values.shape)
+    if header.get_data_shape() == (*values.shape, 1):
+        stored = stored[..., None]
+    elif header.get_data_shape()[: values.ndim] != values.shape:
+        raise ValueError(f"array: expected shape {header.get_data_shape()} of `like`, got {values.shape}")
+    best = header.get_best_affine()
+    header.set_data_shape(stored.shape)
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(None, None)
+    header.extensions.clear()
+    header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = b"SURE Kernels"
+    # The same best affine as in the header: nibabel then leaves qform and sform as they are.
+    image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(
+        stored, best, header
+    )
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        image.to_filename(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def spacing_of(affine: NDArray[Any], ndim: int) -> tuple[float, ...]:
+    """Voxel size in mm along each of the first `ndim` array axes."""
+    return tuple(float(s) for s in np.linalg.norm(affine[:3, :ndim], axis=0))
+
+
+def _reference_header(like: Path | nib.Nifti1Header | ArrayLike, shape: tuple[int, ...]) -> nib.Nifti1Header:
+    if isinstance(like, nib.Nifti1Header):
+        return like.copy()
+    if isinstance(like, (str, os.PathLike)):
+        try:
+            return nib.load(like).header.copy()
+        except Exception as error:
+            raise UnreadableError(Path(like), f"cannot be read as NIfTI ({_one_line(error)})") from error
+    affine = np.asarray(like, dtype=np.float64)
+    if affine.shape != (4, 4):
+        raise ValueError(f"like: expected a file, a header or a 4x4 affine, got shape {affine.shape}")
+    header = nib.Nifti1Image(np.empty(shape, np.uint8), affine).header
+    header.set_xyzt_units("mm")
+    return header
+
+
+def _needed_bytes(path: Path, image: nib.Nifti1Image, size: int) -> int:
+    """Bytes that the uncompressed file must have; raises before anything of that size is allocated."""
+    shape = tuple(int(n) for n in image.shape)
+    if not shape or min(shape) < 1:
+        raise UnreadableError(path, f"has no voxels (shape {shape})")
+    needed = int(image.dataobj.offset) + math.prod(shape) * image.get_data_dtype().itemsize
+    holds = size * _DEFLATE_RATIO if path.name.endswith(".gz") else size
+    if needed > min(holds, MAX_BYTES):
+        raise UnreadableError(path, f"truncated: header claims shape {shape}, the file has {size} bytes")
+    return needed
+
+
+def _read_bytes(path: Path, needed: int) -> bytes:
+    """The first `needed` bytes, uncompressed; a gzip stream is read to its end, where its checksum lies."""
+    if not path.name.endswith(".gz"):
+        with path.open("rb") as file:
+            return file.read(needed)
+    with gzip.open(path, "rb") as file:
+        kept = bytearray()
+        while chunk := file.read(_CHUNK):
+            kept += chunk[: needed - len(kept)]
+    return bytes(kept)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
