@@ -8,6 +8,7 @@ from sure_kernels.backends import (
     get_backend,
     set_backend,
 )
+from sure_kernels.doctor import doctor
 from sure_kernels.functional import (
     EvidentialTerms,
     SupervisedTerms,
@@ -18,5 +19,28 @@ from sure_kernels.functional import (
     gradient_magnitude,
     supervised_evidential_loss,
 )
+from sure_kernels.modules import DirichletUncertainty, EvidentialLoss, GradientMagnitude, SURELoss
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "DirichletUncertainty",
+    "EvidentialLoss",
+    "EvidentialTerms",
+    "GradientMagnitude",
+    "SURELoss",
+    "SupervisedTerms",
+    "backend",
+    "backends",
+    "boundary_band",
+    "boundary_distance",
+    "dirichlet_uncertainty",
+    "doctor",
+    "evidential_loss",
+    "get_backend",
+    "gradient_magnitude",
+    "reference",
+    "set_backend",
+    "supervised_evidential_loss",
+]

@@ -93,8 +93,7 @@ def gradient_magnitude(
     )
     backend = get_backend(x)
     if backend == "reference":
-        names = ("operator", "spacing", "padding_mode", "channel_reduction", "eps")
-        return gradient_reference.gradient_magnitude(x, **dict(zip(names, options, strict=True)))
+        return gradient_reference.gradient_magnitude(x, *options)
     return GradientMagnitudeFunction.apply(x, *options, backend)
 
 
@@ -223,9 +222,7 @@ def _explain(loss: Tensor, common: _Common) -> None:
     """Name the voxel when the loss is not finite because the logits were not."""
     if check.values_checked(common.logits) and not bool(torch.isfinite(loss)):
         valid = common.target != common.ignore_index
-        check.explain_non_finite(
-            loss, common.logits, valid if common.mask is None else valid & common.mask
-        )
+        check.explain_non_finite(loss, common.logits, valid if common.mask is None else valid & common.mask)
 
 
 def evidential_loss(
@@ -399,9 +396,7 @@ def _check_thresholds(boundary: float, near: float, far: float) -> tuple[float, 
     near = check.check_number(near, "near")
     far = check.check_number(far, "far")
     if not boundary <= near <= far:
-        raise ValueError(
-            f"boundary, near, far: expected boundary <= near <= far, got {boundary:g}, {near:g}, {far:g}"
-        )
+        raise ValueError(f"boundary, near, far: expected boundary <= near <= far, got {boundary:g}, {near:g}, {far:g}")
     return boundary, near, far
 
 
@@ -505,9 +500,7 @@ def supervised_evidential_loss(
     source, filter_ = _gradient_source(
         image, gradient, common.logits, operator, spacing, padding_mode, channel_reduction
     )
-    bands = _band_for(
-        band, distance, common, n, spatial, _check_thresholds(boundary, near, far), filter_.spacing
-    )
+    bands = _band_for(band, distance, common, n, spatial, _check_thresholds(boundary, near, far), filter_.spacing)
     if common.backend == "reference":
         loss, stacked = _reference_supervised(common, source, filter_, bands, options, process_group)
     else:
@@ -556,8 +549,7 @@ def _gradient_source(
     expected = (n, 1 if gradient is not None else source.shape[1], *spatial)
     if check.shape_of(source) != expected:
         raise ValueError(
-            f"{name}: expected shape {(n, 1 if gradient is not None else 'M', *spatial)}, "
-            f"got {check.shape_of(source)}"
+            f"{name}: expected shape {(n, 1 if gradient is not None else 'M', *spatial)}, got {check.shape_of(source)}"
         )
     _refuse_gradient(source, name)
     if image is not None and gradient is not None:

@@ -60,13 +60,9 @@ def check_float_map(value: object, name: str, *, minimum_channels: int = 1) -> T
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if tensor.ndim not in (4, 5):
-        raise ValueError(
-            f"{name}: expected shape (N, C, *spatial) with 2 or 3 spatial axes, got {shape_of(tensor)}"
-        )
+        raise ValueError(f"{name}: expected shape (N, C, *spatial) with 2 or 3 spatial axes, got {shape_of(tensor)}")
     if tensor.shape[1] < minimum_channels:
-        raise ValueError(
-            f"{name}: expected at least {minimum_channels} entries along axis 1, got {shape_of(tensor)}"
-        )
+        raise ValueError(f"{name}: expected at least {minimum_channels} entries along axis 1, got {shape_of(tensor)}")
     if 0 in tensor.shape:
         raise ValueError(f"{name}: expected no axis of length 0, got {shape_of(tensor)}")
     return tensor
@@ -125,7 +121,7 @@ def torch_integer(tensor: Tensor) -> Tensor:
 def check_label_range(target: Tensor, k: int, ignore_index: int, mask: Tensor | None = None) -> None:
     """ValueError unless every counted label lies in [0, k)."""
     low, high = (int(v) for v in torch.aminmax(target))
-    if 0 <= low and high < k:
+    if low >= 0 and high < k:
         return
     wrong = ((target < 0) | (target >= k)) & (target != ignore_index)
     if mask is not None:
@@ -207,9 +203,7 @@ def number_tuple(value: Numbers, name: str, length: int, owner: str) -> tuple[fl
         try:
             value = list(value)  # type: ignore[arg-type]  # numpy arrays and other iterables
         except TypeError:
-            raise TypeError(
-                f"{name}: expected one number or {length}, got {type(value).__name__}"
-            ) from None
+            raise TypeError(f"{name}: expected one number or {length}, got {type(value).__name__}") from None
     if any(isinstance(v, (bool, str)) or not hasattr(v, "__float__") for v in value):
         raise TypeError(f"{name}: expected numbers, got {value!r}")
     numbers = tuple(float(v) for v in value)

@@ -33,7 +33,7 @@ def digamma_difference(x: Tensor, gap: Tensor, below_one: bool) -> Tensor:
     """digamma(x + gap) - digamma(x) for gap >= 0, without cancellation of the logarithms."""
     if x.dtype == torch.float64:
         return torch.digamma(x + gap) - torch.digamma(x)
-    y, t = _shifted(x, below_one)
+    _, t = _shifted(x, below_one)
     _, t_sum = _shifted(x + gap, below_one)
     result = torch.log1p(gap * t) + (_horner(minimax.P, t_sum) * t_sum - _horner(minimax.P, t) * t)
     if below_one:

@@ -36,8 +36,7 @@ def forward(logits: Tensor, evidence: str, prior: tuple[float, ...], measures: t
     n, k, *spatial = logits.shape
     dtype = working_dtype(logits.dtype)
     outputs = [
-        torch.empty((n, k if m == "probability" else 1, *spatial), dtype=dtype, device=logits.device)
-        for m in measures
+        torch.empty((n, k if m == "probability" else 1, *spatial), dtype=dtype, device=logits.device) for m in measures
     ]
     z_all, flat_outputs = flat(logits), [flat(out) for out in outputs]
     b = torch.tensor(prior, dtype=dtype, device=logits.device).unsqueeze(1)

@@ -152,9 +152,7 @@ def sums(logits: Tensor, codes: Tensor, formula: Formula, gradient: Tensor | Non
     for image, voxels in voxel_slices(z_all, _ROWS * k):
         v = _Voxels(z_all[image, :, voxels].to(dtype), codes[image, voxels], formula, b)
         p = v.a * (v.valid / v.s)
-        scalars = torch.stack(
-            (v.valid, v.weight, v.weight * v.ace(formula), v.weight * v.kl(formula, b))
-        ).sum(1)
+        scalars = torch.stack((v.valid, v.weight, v.weight * v.ace(formula), v.weight * v.kl(formula, b))).sum(1)
         classes = (torch.where(v.is_y, p, 0.0).sum(1), p.sum(1), v.is_y.sum(1))
         row = [scalars.double(), *(c.double() for c in classes)]
         if gradient is not None:
@@ -290,9 +288,7 @@ def finalise(totals: Tensor, formula: Formula, weights: Weights) -> Finalised:
     return Finalised(loss, torch.stack((ace, kl, dice)), coefficients)
 
 
-def _dice(
-    tp: Tensor, p: Tensor, present: Tensor, number: Tensor, form: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _dice(tp: Tensor, p: Tensor, present: Tensor, number: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
     """D_k, dD_k/dTP_k and dD_k/dP_k."""
     if form == "soft":
         denominator = p + present + SOFT_DICE_EPS

@@ -81,9 +81,7 @@ def _components(x: Tensor, operator: str, spacing: tuple[float, ...], mode: str)
     return result
 
 
-def forward(
-    image: Tensor, operator: str, spacing: tuple[float, ...], mode: str, reduction: str, eps: float
-) -> Tensor:
+def forward(image: Tensor, operator: str, spacing: tuple[float, ...], mode: str, reduction: str, eps: float) -> Tensor:
     """(N, M, *spatial) -> (N, 1, *spatial), float32 (float64 for float64 images)."""
     x = image if image.dtype == torch.float64 else image.float()
     squares: Tensor | None = None

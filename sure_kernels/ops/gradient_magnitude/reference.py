@@ -33,7 +33,6 @@ def _filter_axis(x: Tensor, axis: int, taps: tuple[float, float, float], mode: s
 
 def gradient_magnitude(
     image: Tensor,
-    *,
     operator: str = "sobel",
     spacing: tuple[float, ...] | None = None,
     padding_mode: str = "replicate",

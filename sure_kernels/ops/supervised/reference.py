@@ -55,9 +55,7 @@ def supervision_terms(
     process_group: object | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(C, F) of uncertainty u, gradient magnitude g and band, all (N, V), over `counted` voxels."""
-    per_image = covariance_supervision(
-        u, g, (band == BOUNDARY) & counted, relation=relation, form=supervision
-    )
+    per_image = covariance_supervision(u, g, (band == BOUNDARY) & counted, relation=relation, form=supervision)
     images = all_reduced(torch.tensor(float(len(u)), dtype=u.dtype, device=u.device), process_group)
     c = global_sum(per_image.sum(), process_group) / images
     far = (band == FAR) & counted
