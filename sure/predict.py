@@ -1,0 +1,157 @@
+"""Segment new images: labels and uncertainty as NIfTI, on the grid of their image."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sure.checkpoint import Run, load_run
+from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faults, load_case, save_nifti
+from sure.data.nifti import SUFFIXES, is_nifti, stem
+from sure.errors import UserError
+from sure.inference import infer
+
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+
+
+def predict(
+    run_path: Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    checkpoint: str = "final",
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> list[Path]:
+    """Write CASE_seg.nii.gz (uint8 labels) and CASE_unc.nii.gz (float32 uncertainty in [0, 1]) of every case.
+
+    Both carry affine, qform, sform, spacing and shape of the image. Every input is read and checked before
+    the first result is written; each file appears whole or not at all, replacing one of the same name.
+
+    Args:
+        run_path: folder of a training run.
+        images: NIfTI files, folders of them, or roots of data sets in a layout that training reads; channels
+            of one case are named CASE_0000, CASE_0001, ... or lie in one 4D file.
+        out: folder for the results, made if missing.
+        checkpoint: which of the run's checkpoints: final, best or latest.
+        device: where the network runs.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: inputs that are missing, unreadable, not finite or unlike the training images, all of them
+            in one table; two inputs for one output; an output that would replace an input. Then nothing is
+            written.
+    """
+    run = load_run(run_path, checkpoint=checkpoint, device=device)
+    cases = collect_cases(images, run.in_channels)
+    faults = [*_check_images(cases, run, progress), *_check_outputs(cases, out)]
+    if faults:
+        raise UserError(f"{len(faults)} of the inputs cannot be used:\n{format_faults(faults)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: expected a folder, found a file")
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for case in tqdm(cases, desc="predicting", unit="case", disable=not progress):
+        loaded = load_case(case)
+        result = infer(run, loaded.image[None])
+        for path, array, dtype in zip(
+            _outputs(case, out), (result.label, result.uncertainty[0]), (np.uint8, np.float32), strict=True
+        ):
+            save_nifti(array.numpy(), loaded.header, path, dtype)
+            written.append(path)
+    return written
+
+
+def collect_cases(images: Sequence[Path], channels: int) -> list[Case]:
+    """The cases among files, folders and roots of data sets, in the order given; labels are left aside.
+
+    Args:
+        images: files and folders, as `predict` takes them.
+        channels: how many channels a case has; with more than one, files called CASE_0000, CASE_0001, ...
+            form a case.
+
+    Raises UserError for a path that is missing, not NIfTI, or a folder in which no image is found, and for
+    a data set that lacks files.
+    """
+    cases: list[Case] = []
+    files: list[Path] = []
+    for path in map(Path, images):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if is_nifti(p) and p.is_file())
+            if inside:
+                files += inside
+            else:
+                dataset = discover(path)
+                if dataset.problems:
+                    raise UserError(f"{path}: incomplete data set:\n{format_faults(dataset.problems)}")
+                cases += [Case(case.name, case.images, None) for case in dataset.cases]
+        elif not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        elif is_nifti(path):
+            files.append(path)
+        else:
+            raise UserError(f"{path}: expected a file named {' or '.join(SUFFIXES)}, or a folder of them")
+    cases += _group_channels(files, channels)
+    if not cases:
+        raise UserError("images: no image found")
+    return cases
+
+
+def _group_channels(files: Sequence[Path], channels: int) -> list[Case]:
+    """One case per file; of a run with several channels, one per CASE_nnnn. Twins stay, to be reported."""
+    groups: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    for path in dict.fromkeys(files):
+        match = _CHANNEL.fullmatch(stem(path))
+        name = match["case"] if match else stem(path)
+        # In a run of one channel two files never share a case, whatever they are called
+        groups[path.parent if match and channels > 1 else path, name].append(path)
+    return [Case(name, tuple(sorted(paths)), None) for (_, name), paths in groups.items()]
+
+
+def _check_images(cases: Sequence[Case], run: Run, progress: bool) -> list[Fault]:
+    """Everything that reading all files brings up."""
+    dataset = Dataset(Path(), "files", tuple(cases), None, channels=run.in_channels)
+    _, faults = check_dataset(dataset, num_classes=run.num_classes, progress=progress)
+    faults = [fault for fault in faults if fault.problem != "image without label"]
+    if run.config.spatial_dims == 3:
+        unreadable = {fault.file for fault in faults}
+        faults += [
+            Fault(case.name, path, "expected a 3D image for a 3D run, found a 2D image")
+            for case in cases
+            for path in case.images
+            if path not in unreadable and nib.load(path).ndim == 2
+        ]
+    return faults
+
+
+def _check_outputs(cases: Sequence[Case], out: Path) -> list[Fault]:
+    """Two cases for one name, and results that would replace an input."""
+    first: dict[str, Case] = {}
+    inputs = {path.resolve() for case in cases for path in case.images}
+    faults = []
+    for case in cases:
+        other = first.setdefault(case.name, case)
+        if other is not case:
+            faults.append(
+                Fault(case.name, case.images[0], f"would write the same files as {other.images[0]}")
+            )
+        faults += [
+            Fault(case.name, path, "the result would replace an input")
+            for path in _outputs(case, out)
+            if path.resolve() in inputs
+        ]
+    return faults
+
+
+def _outputs(case: Case, out: Path) -> tuple[Path, Path]:
+    return out / f"{case.name}_seg.nii.gz", out / f"{case.name}_unc.nii.gz"

@@ -1,0 +1,283 @@
+"""The pictures of an evaluation, on Matplotlib's object API: overlays, reliability, gradient plots."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from sure_kernels.metrics import Reliability
+
+# Okabe and Ito's colours, safe for every common colour blindness: of classes 1, 2, ... and of runs
+CLASS_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#d9dee5"
+UNCERTAINTY_MAP = "magma"
+
+_DPI = 110
+_FONT = {"fontsize": 9, "color": INK}
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One slice, every array (height, width) with the first row at the bottom, sizes in mm."""
+
+    image: NDArray[np.float32]
+    truth: NDArray[np.uint8]
+    prediction: NDArray[np.uint8]
+    uncertainty: NDArray[np.float32]
+    size: tuple[float, float]
+    """Width and height in mm."""
+
+
+def planes(
+    image: NDArray,
+    truth: NDArray,
+    prediction: NDArray,
+    uncertainty: NDArray,
+    affine: NDArray[np.float64],
+) -> tuple[Plane, ...]:
+    """The three orthogonal slices through the centre of the true foreground; of a 2D image, the image.
+
+    All arrays are (*spatial); volumes are turned to the axes of `affine` (4, 4) nearest to right, anterior,
+    superior first. A volume without foreground is cut through its middle.
+    """
+    arrays = [np.asarray(a) for a in (image, truth, prediction, uncertainty)]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)[: arrays[0].ndim]
+    if arrays[0].ndim == 2:
+        return (_plane([a.T for a in arrays], spacing),)
+    orientation = nib.orientations.io_orientation(affine)
+    arrays = [nib.orientations.apply_orientation(a, orientation) for a in arrays]
+    spacing = spacing[np.argsort(orientation[:, 0])]
+    inside = np.argwhere(arrays[1] > 0)
+    centre = inside.mean(0) if len(inside) else (np.array(arrays[1].shape) - 1) / 2
+    cuts = []
+    for axis, index in reversed(list(enumerate(np.rint(centre).astype(int)))):
+        cuts.append(_plane([a.take(index, axis).T for a in arrays], np.delete(spacing, axis)))
+    return tuple(cuts)
+
+
+def _plane(arrays: Sequence[NDArray], spacing: NDArray[np.float64]) -> Plane:
+    image, truth, prediction, uncertainty = arrays
+    height, width = image.shape
+    return Plane(
+        image.astype(np.float32),
+        truth.astype(np.uint8),
+        prediction.astype(np.uint8),
+        uncertainty.astype(np.float32),
+        (float(width * spacing[0]), float(height * spacing[1])),
+    )
+
+
+def overlay(runs: Mapping[str, Sequence[Plane]], class_names: Sequence[str]) -> Figure:
+    """One case: image and truth, then for every run its prediction and its uncertainty; a row per plane.
+
+    Args:
+        runs: what each run, by name, made of the same planes (one name may be empty).
+        class_names: background first.
+    """
+    first = next(iter(runs.values()))
+    titles = ["image", "truth"]
+    for name in runs:
+        titles += [f"{name} prediction".strip(), f"{name} uncertainty".strip()]
+    widest = max(plane.size[0] for plane in first)
+    heights = [plane.size[1] / widest for plane in first]
+    column = 1.9
+    figure = Figure(
+        figsize=(column * len(titles) + 0.5, column * sum(heights) + 0.75), dpi=_DPI, layout="constrained"
+    )
+    axes = figure.subplots(len(first), len(titles), squeeze=False, height_ratios=heights)
+    heat = None
+    for row, plane in enumerate(first):
+        _show_image(axes[row, 0], plane)
+        _show_image(axes[row, 1], plane)
+        _show_labels(axes[row, 1], plane.truth, plane, len(class_names))
+        for r, cuts in enumerate(runs.values()):
+            mine, (left, right) = cuts[row], axes[row, 2 + 2 * r : 4 + 2 * r]
+            _show_image(left, plane)
+            _show_labels(left, mine.prediction, plane, len(class_names))
+            _outline(left, plane, "white")
+            heat = right.imshow(
+                mine.uncertainty, cmap=UNCERTAINTY_MAP, vmin=0, vmax=1, origin="lower", extent=_extent(plane)
+            )
+            _outline(right, plane, "white")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, **_FONT)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.9, aspect=25, pad=0.02)
+    bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
+    bar.outline.set_visible(False)
+    handles = [
+        Patch(color=CLASS_COLOURS[(k - 1) % len(CLASS_COLOURS)], label=name)
+        for k, name in enumerate(class_names)
+        if k
+    ]
+    handles.append(Patch(facecolor="#888888", edgecolor="white", label="white line: true boundary"))
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, labelcolor=INK
+    )
+    return figure
+
+
+def _extent(plane: Plane) -> tuple[float, float, float, float]:
+    return (0, plane.size[0], 0, plane.size[1])
+
+
+def _show_image(axis: Axes, plane: Plane) -> None:
+    low, high = np.percentile(plane.image, (0.5, 99.5))
+    axis.imshow(plane.image, cmap="gray", vmin=low, vmax=high, origin="lower", extent=_extent(plane))
+
+
+def _show_labels(axis: Axes, labels: NDArray[np.uint8], plane: Plane, num_classes: int) -> None:
+    colours = ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(max(num_classes - 1, 1))])
+    axis.imshow(
+        np.ma.masked_equal(labels, 0),
+        cmap=colours,
+        vmin=1,
+        vmax=max(num_classes - 1, 2),
+        alpha=0.6,
+        origin="lower",
+        extent=_extent(plane),
+        interpolation="nearest",
+    )
+
+
+def _outline(axis: Axes, plane: Plane, colour: str) -> None:
+    """The true boundaries of every class."""
+    height, width = plane.truth.shape
+    if min(height, width) < 2:
+        return
+    x = (np.arange(width) + 0.5) * plane.size[0] / width
+    y = (np.arange(height) + 0.5) * plane.size[1] / height
+    for k in np.unique(plane.truth[plane.truth > 0]):
+        inside = plane.truth == k
+        if not inside.all():
+            axis.contour(x, y, inside, levels=[0.5], colors=colour, linewidths=0.7, alpha=0.9)
+
+
+def reliability(curves: Mapping[str, tuple[Reliability, float]]) -> Figure:
+    """Accuracy against confidence of the top label, below it the share of voxels in each bin.
+
+    Args:
+        curves: by run name, the curve (tensors of length num_bins) and its ECE.
+    """
+    figure = Figure(figsize=(4.2, 4.4), dpi=_DPI, layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(3.4, 1), sharex=True)
+    top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls="--", zorder=1)
+    for i, (name, (curve, ece)) in enumerate(curves.items()):
+        confidence, accuracy, count = (t.cpu().numpy() for t in curve)
+        filled = count > 0
+        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+        label = f"{name}: ECE {ece:.4f}" if name else f"ECE {ece:.4f}"
+        top.plot(confidence[filled], accuracy[filled], color=colour, marker="o", ms=4, lw=1.6, label=label)
+        edges = np.linspace(0, 1, len(count) + 1)
+        bottom.stairs(count / count.sum(), edges, color=colour, lw=1.4, fill=len(curves) == 1, alpha=0.9)
+    top.set(xlim=(0, 1), ylim=(0, 1))
+    top.set_ylabel("accuracy", **_FONT)
+    top.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=INK)
+    bottom.set_yscale("log")
+    bottom.set_xlabel("confidence of the most probable class", **_FONT)
+    bottom.set_ylabel("voxels", **_FONT)
+    _plain(top, bottom)
+    return figure
+
+
+def gradient_plot(
+    gradient: NDArray[np.floating], uncertainty: NDArray[np.floating], correlation: float
+) -> Figure:
+    """Density of boundary voxels over gradient magnitude and uncertainty, with the median per tenth of them.
+
+    Args:
+        gradient: (n,) gradient magnitudes of the boundary voxels.
+        uncertainty: (n,) their uncertainties.
+        correlation: Spearman's, written on the plot; NaN where undefined.
+    """
+    figure = Figure(figsize=(4.2, 4.4), dpi=_DPI, layout="constrained")
+    axis = figure.subplots()
+    if len(gradient):
+        limit = float(np.percentile(gradient, 99.5)) or 1.0  # a few sharp edges must not squeeze the rest
+        top = max(float(np.percentile(uncertainty, 99.9)) * 1.05, 0.05)
+        shown = (gradient <= limit) & (uncertainty <= top)
+        density = axis.hexbin(
+            gradient[shown],
+            uncertainty[shown],
+            gridsize=36,
+            extent=(0, limit, 0, top),
+            bins="log",
+            mincnt=1,
+            cmap="viridis",
+            linewidths=0.1,
+        )
+        bar = figure.colorbar(density, ax=axis, shrink=0.9, aspect=30, pad=0.02)
+        bar.ax.tick_params(labelsize=8, colors=MUTED)
+        bar.set_label("voxels", fontsize=8.5, color=MUTED)
+        bar.outline.set_visible(False)
+        tenths = np.array_split(np.argsort(gradient, kind="stable"), min(10, len(gradient)))
+        middle = [(np.median(gradient[t]), np.median(uncertainty[t])) for t in tenths]
+        axis.plot(*zip(*middle, strict=True), color="white", lw=4, marker="o", ms=6)
+        axis.plot(*zip(*middle, strict=True), color="#D55E00", lw=2, marker="o", ms=4, label="median")
+        axis.set(xlim=(0, limit), ylim=(0, top))
+        axis.legend(loc="upper right", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8.5)
+    text = "Spearman undefined" if np.isnan(correlation) else f"Spearman {correlation:+.3f}"
+    axis.set_title(text.replace("-", "−"), fontsize=10, color=INK, loc="left")
+    axis.set_xlabel("gradient magnitude of the image (per voxel)", **_FONT)
+    axis.set_ylabel("uncertainty", **_FONT)
+    _plain(axis)
+    return figure
+
+
+def _plain(*axes: Axes) -> None:
+    for axis in axes:
+        axis.grid(color=GRID, lw=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8, colors=MUTED, length=2)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(GRID)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_planes(path: Path, cuts: Sequence[Plane]) -> None:
+    """Store planes without loss of what a picture shows (npz; uncertainty and image as float16)."""
+    arrays: dict[str, NDArray] = {}
+    for i, plane in enumerate(cuts):
+        low, high = np.percentile(plane.image, (0.5, 99.5))
+        # normalised to what is shown: float16 would overflow on raw intensities
+        image = (np.clip(plane.image, low, high) - low) / max(high - low, 1e-12)
+        arrays[f"image{i}"] = image.astype(np.float16)
+        arrays[f"uncertainty{i}"] = plane.uncertainty.astype(np.float16)
+        arrays[f"truth{i}"], arrays[f"prediction{i}"] = plane.truth, plane.prediction
+        arrays[f"size{i}"] = np.array(plane.size)
+    np.savez_compressed(path, **arrays)
+
+
+def load_planes(path: Path) -> tuple[Plane, ...]:
+    """What `save_planes` stored."""
+    with np.load(path, allow_pickle=False) as stored:
+        count = sum(name.startswith("size") for name in stored)
+        return tuple(
+            Plane(
+                stored[f"image{i}"].astype(np.float32),
+                stored[f"truth{i}"],
+                stored[f"prediction{i}"],
+                stored[f"uncertainty{i}"].astype(np.float32),
+                (float(stored[f"size{i}"][0]), float(stored[f"size{i}"][1])),
+            )
+            for i in range(count)
+        )
