@@ -89,9 +89,7 @@ def _check_case(case: Case, dataset: Dataset, seen: _Seen) -> Iterator[Fault]:
         if grid is None:
             grid = shape, affine
         else:
-            yield from (
-                Fault(case.name, path, p) for p in _grid_problems(grid, shape, affine, "first channel")
-            )
+            yield from (Fault(case.name, path, p) for p in _grid_problems(grid, shape, affine, "first channel"))
     if seen.channels is not None and len(case.images) > 1 and seen.channels < len(case.images):
         seen.channels = None  # an unreadable channel has its fault already
     if case.label is None:
@@ -163,9 +161,7 @@ def _check_agreement(dataset: Dataset, seen: dict[Case, _Seen]) -> Iterator[Faul
             yield Fault(case.name, case.images[0], "2D image among 3D images")
 
 
-def _check_range(
-    case: Case, values: NDArray[np.int64], num_classes: int, dataset: Dataset
-) -> Iterator[Fault]:
+def _check_range(case: Case, values: NDArray[np.int64], num_classes: int, dataset: Dataset) -> Iterator[Fault]:
     outside = [int(v) for v in values if not 0 <= v < num_classes and v != dataset.ignore_label]
     if outside and case.label is not None:
         shown = ", ".join(map(str, outside[:5])) + (", ..." if len(outside) > 5 else "")

@@ -1,4 +1,4 @@
-"""Which files of a folder belong together: Decathlon, nnU-Net raw, ACDC, or two folders of images and labels."""
+"""Which files of a folder belong together: Decathlon, nnU-Net raw, ACDC, or images and labels apart."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ def _described(root: Path) -> Dataset:
         return _nnunet(root, file, spec)
     if "training" in spec:
         return _decathlon(root, file, spec)
-    raise UserError(
-        f'{file}: expected "training" (Decathlon) or "channel_names" (nnU-Net), found {list(spec)}'
-    )
+    raise UserError(f'{file}: expected "training" (Decathlon) or "channel_names" (nnU-Net), found {list(spec)}')
 
 
 def _decathlon(root: Path, file: Path, spec: dict[str, Any]) -> Dataset:
@@ -118,9 +116,7 @@ def _decathlon(root: Path, file: Path, spec: dict[str, Any]) -> Dataset:
     cases, problems = [], []
     for i, entry in enumerate(entries):
         if not (isinstance(entry, dict) and isinstance(entry.get("image"), str)):
-            raise UserError(
-                f'{file}: "training"[{i}]: expected {{"image": path, "label": path}}, got {entry!r}'
-            )
+            raise UserError(f'{file}: "training"[{i}]: expected {{"image": path, "label": path}}, got {entry!r}')
         image, given = root / entry["image"], entry.get("label")
         label = root / given if isinstance(given, str) else None
         name = stem(image)
@@ -152,9 +148,7 @@ def _nnunet(root: Path, file: Path, spec: dict[str, Any]) -> Dataset:
     values = dict(_mapping(file, spec, "labels"))
     regions = [name for name, value in values.items() if isinstance(value, list)]
     if regions:
-        raise UserError(
-            f"{file}: region-based labels are not supported ({', '.join(regions)}); expected one number"
-        )
+        raise UserError(f"{file}: region-based labels are not supported ({', '.join(regions)}); expected one number")
     ignore = values.pop("ignore", None)
     class_names = _class_names(file, values, len(values))
     if ignore is not None:
@@ -182,9 +176,7 @@ def _nnunet(root: Path, file: Path, spec: dict[str, Any]) -> Dataset:
             problems.append(Fault(name, label, "label without image"))
         elif sorted(paths) != list(range(channels)):
             got = ", ".join(f"{c:04d}" for c in sorted(paths))
-            problems.append(
-                Fault(name, paths[min(paths)], f"expected {channels} channels from 0000, found {got}")
-            )
+            problems.append(Fault(name, paths[min(paths)], f"expected {channels} channels from 0000, found {got}"))
         else:
             cases.append(Case(name, tuple(paths[c] for c in range(channels)), label))
     return _dataset(root, "nnunet", cases, class_names, problems, ignore_label=ignore, channels=channels)
@@ -229,9 +221,9 @@ def _image_and_label_folders(root: Path) -> tuple[Path, Path]:
     if len(pair) != 2:
         empty = "empty folder" if not any(root.iterdir()) else "no known layout"
         raise UserError(
-            f"{root}: {empty}; looked for dataset.json (Decathlon, nnU-Net), patientNNN/patientNNN_frameNN.nii.gz"
-            f" (ACDC), and a folder of images ({', '.join(IMAGE_FOLDERS)}) beside one of labels"
-            f" ({', '.join(LABEL_FOLDERS)})"
+            f"{root}: {empty}; looked for dataset.json (Decathlon, nnU-Net),"
+            " patientNNN/patientNNN_frameNN.nii.gz (ACDC), and"
+            f" a folder of images ({', '.join(IMAGE_FOLDERS)}) beside one of labels ({', '.join(LABEL_FOLDERS)})"
         )
     return pair[0], pair[1]
 
@@ -291,9 +283,7 @@ def _class_names(file: Path, values: dict[str, Any], count: int) -> tuple[str, .
     """Names by class index, from {name: value}; the values must be 0..count-1."""
     names = {_integer(file, value): name for name, value in values.items()}
     if sorted(names) != list(range(count)) or count < 2:
-        raise UserError(
-            f'{file}: "labels": expected distinct names for 0, 1, 2, ... without gaps, got {values}'
-        )
+        raise UserError(f'{file}: "labels": expected distinct names for 0, 1, 2, ... without gaps, got {values}')
     return tuple(names[i] for i in range(count))
 
 

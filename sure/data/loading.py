@@ -1,4 +1,4 @@
-"""Volumes as tensors: normalised images, label maps, and training patches that depend on nothing but seeds."""
+"""Volumes as tensors: normalised images, label maps, and training patches that depend on seeds alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from sure.config import TrainConfig
 from sure.data.layouts import Case
-from sure.data.nifti import UnreadableError, read_nifti, spacing_of
+from sure.data.nifti import read_nifti, spacing_of
 from sure.errors import UserError
 
 IGNORE = 255
@@ -47,8 +47,8 @@ class EvaluationCase:
 def load_image(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float64], nib.Nifti1Header]:
     """Intensities as stored: `(float32 (M, *spatial), affine 4x4, header of the first file)`.
 
-    One file for each channel, or one 4D file with the channels last. Raises UserError for a file that cannot be
-    read, is no image of real finite numbers, or has another shape than the first.
+    One file for each channel, or one 4D file with the channels last. Raises UserError for a file that cannot
+    be read, is no image of real finite numbers, or has another shape than the first.
     """
     channels: list[NDArray[np.float32]] = []
     affines, headers = [], []
@@ -89,14 +89,12 @@ def load_label(case: Case, *, ignore_label: int | None = None) -> NDArray[np.int
     # Written so that NaN fails too.
     sound = ignored | ((array >= 0) & (array < IGNORE) & (array == np.rint(array)))
     if not sound.all():
-        raise UserError(
-            f"{case.label}: expected whole numbers from 0 to {IGNORE - 1}, found {array[~sound][0]:g}"
-        )
+        raise UserError(f"{case.label}: expected whole numbers from 0 to {IGNORE - 1}, found {array[~sound][0]:g}")
     return np.where(ignored, IGNORE, array).astype(np.int16)[None]
 
 
 def normalise(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """z-score of each channel over its whole volume; `(M, *spatial)` to the same. A constant channel becomes 0.
+    """z-score of each channel over its volume, `(M, *spatial)` to the same; a constant channel becomes 0.
 
     Not MONAI's NormalizeIntensity: its float32 moments divide a constant image by rounding noise and overflow
     on large intensities.
@@ -120,18 +118,16 @@ def load_case(case: Case, *, ignore_label: int | None = None) -> EvaluationCase:
 class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
     """Random patches of cases that are held in memory.
 
-    Item i is `{"image": float32 (M, *patch), "label": uint8 (1, *patch)}`; smaller images are padded with 0, the
-    mean, and their label with IGNORE. There are `patches_per_image` items for each volume, in 2D for each slice
-    along the last axis. Half of the patches are centred on a foreground voxel where the image has one.
+    Item i is `{"image": float32 (M, *patch), "label": uint8 (1, *patch)}`; smaller images are padded with 0,
+    the mean, and their label with IGNORE. There are `patches_per_image` items for each volume, in 2D for each
+    slice along the last axis. Half of the patches are centred on a foreground voxel where the image has one.
 
     An item is a function of (config.seed, epoch, i) alone: neither the number of workers, nor the order, nor
     earlier epochs matter, so a resumed run sees what an uninterrupted one would have seen.
     """
 
-    def __init__(
-        self, cases: Sequence[Case], config: TrainConfig, *, ignore_label: int | None = None
-    ) -> None:
-        """Read all `cases`. Raises UserError for none, for what cannot be read, and for 2D images in 3D training."""
+    def __init__(self, cases: Sequence[Case], config: TrainConfig, *, ignore_label: int | None = None) -> None:
+        """Read all `cases`. Raises UserError for none, for unreadable ones, and for 2D images in 3D training."""
         if not cases:
             raise UserError("no case to train on")
         self._config = config
@@ -150,13 +146,13 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
             if loaded.label is None:
                 raise UserError(f"{case.name}: has no label to train on")
             for image, label in _views(loaded.image, loaded.label.to(torch.uint8), config.spatial_dims, case):
-                padded = {k: _plain(v) for k, v in pad({"image": image, "label": label}).items()}
+                padded: dict[str, Any] = {k: _plain(v) for k, v in pad({"image": image, "label": label}).items()}
                 flat = padded["label"].flatten()
                 padded["foreground"] = torch.nonzero((flat > 0) & (flat != IGNORE))[:, 0].numpy()
                 self._items.append(padded)
         size = config.patch
         self._crop = mt.Compose([mt.RandSpatialCropd(keys, size, random_size=False)])
-        # The background indices stand for nothing (pos=1, neg=0), but MONAI wants them beside the foreground's.
+        # The background indices are not used (neg=0), but MONAI wants them beside the foreground's.
         self._crop_foreground = mt.Compose(
             [
                 mt.RandCropByPosNegLabeld(
@@ -208,17 +204,15 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
 def split_cases(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tuple[list[Case], list[Case]]:
     """`(train, held_out)` of one fold of a cross-validation.
 
-    A permutation drawn from `seed` deals the cases to the folds; it does not depend on their order here, which
-    both results keep. The frames of one ACDC patient stay together. Raises UserError for fewer cases (patients)
-    than folds, ValueError for an impossible fold.
+    A permutation drawn from `seed` deals the cases to the folds; it does not depend on their order here,
+    which both results keep. The frames of one ACDC patient stay together. Raises UserError for fewer cases
+    (patients) than folds, ValueError for an impossible fold.
     """
     if folds < 2 or not 0 <= fold < folds:
         raise ValueError(f"fold: expected 0 <= fold < folds and folds >= 2, got fold {fold} of {folds}")
     groups = sorted({_group(case) for case in cases})
     if len(groups) < folds:
-        raise UserError(
-            f"folds: expected at most one for each case, got {folds} folds for {len(groups)} cases"
-        )
+        raise UserError(f"folds: expected at most one for each case, got {folds} folds for {len(groups)} cases")
     order = np.random.default_rng(seed).permutation(len(groups))
     held = {groups[i] for i in order[fold::folds]}
     return [c for c in cases if _group(c) not in held], [c for c in cases if _group(c) in held]

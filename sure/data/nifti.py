@@ -7,7 +7,7 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +21,7 @@ MAX_BYTES = 2**36
 
 _DEFLATE_RATIO = 1032  # the most that one byte of a gzip stream can expand to
 _CHUNK = 1 << 20
+_HEADER = 540  # bytes of a NIfTI-2 header; NIfTI-1 has 348
 
 
 class UnreadableError(UserError):
@@ -51,30 +52,30 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], nib.Nifti
         size = path.stat().st_size
         if not path.is_file() or size == 0:
             raise UnreadableError(path, "empty file" if path.is_file() else "not a file")
-        image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):
-            raise UnreadableError(path, f"expected a NIfTI file, found {type(image).__name__}")
-        needed = _needed_bytes(path, image, size)
-        raw = _read_bytes(path, needed)
+        with _open(path) as file:
+            start = file.read(_HEADER)
+            kind = next((k for k in (nib.Nifti1Image, nib.Nifti2Image) if _starts(start, k)), None)
+            if kind is None:
+                raise UnreadableError(path, "not a NIfTI file")
+            needed = _needed_bytes(path, start, kind, size)
+            raw = _read_bytes(file, start, needed)
         if len(raw) < needed:
             raise UnreadableError(path, f"truncated: {len(raw)} of {needed} bytes")
-        image = type(image).from_bytes(raw)
+        image = kind.from_bytes(raw)
         return np.asanyarray(image.dataobj), np.asarray(image.affine), image.header
     except UnreadableError:
         raise
     except FileNotFoundError as error:
         raise UnreadableError(path, "file not found") from error
     except (EOFError, zlib.error) as error:
-        raise UnreadableError(path, f"truncated or damaged gzip stream ({_one_line(error)})") from error
+        raise UnreadableError(path, f"truncated or damaged gzip file ({_one_line(error)})") from error
     except gzip.BadGzipFile as error:
         raise UnreadableError(path, f"bad gzip file ({_one_line(error)})") from error
     except Exception as error:  # nibabel and NumPy raise many kinds on a damaged header
         raise UnreadableError(path, f"cannot be read as NIfTI ({_one_line(error)})") from error
 
 
-def save_nifti(
-    array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path: Path, dtype: DTypeLike
-) -> None:
+def save_nifti(array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path: Path, dtype: DTypeLike) -> None:
     """Write `array` `(*spatial)` on the grid of `like`, atomically.
 
     Args:
@@ -106,9 +107,7 @@ def save_nifti(
     header["cal_min"] = header["cal_max"] = 0
     header["descrip"] = b"SURE Kernels"
     # The same best affine as in the header: nibabel then leaves qform and sform as they are.
-    image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(
-        stored, best, header
-    )
+    image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(stored, best, header)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         image.to_filename(temporary)
@@ -127,7 +126,7 @@ def _reference_header(like: Path | nib.Nifti1Header | ArrayLike, shape: tuple[in
         return like.copy()
     if isinstance(like, (str, os.PathLike)):
         try:
-            return nib.load(like).header.copy()
+            return cast(nib.Nifti1Header, nib.load(like).header.copy())
         except Exception as error:
             raise UnreadableError(Path(like), f"cannot be read as NIfTI ({_one_line(error)})") from error
     affine = np.asarray(like, dtype=np.float64)
@@ -138,27 +137,32 @@ def _reference_header(like: Path | nib.Nifti1Header | ArrayLike, shape: tuple[in
     return header
 
 
-def _needed_bytes(path: Path, image: nib.Nifti1Image, size: int) -> int:
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path) if path.name.endswith(".gz") else path.open("rb"))
+
+
+def _starts(start: bytes, kind: type[nib.Nifti1Image]) -> bool:
+    return bool(kind.header_class.may_contain_header(start))
+
+
+def _needed_bytes(path: Path, start: bytes, kind: type[nib.Nifti1Image], size: int) -> int:
     """Bytes that the uncompressed file must have; raises before anything of that size is allocated."""
-    shape = tuple(int(n) for n in image.shape)
+    header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
+    shape = tuple(int(n) for n in header.get_data_shape())
     if not shape or min(shape) < 1:
         raise UnreadableError(path, f"has no voxels (shape {shape})")
-    needed = int(image.dataobj.offset) + math.prod(shape) * image.get_data_dtype().itemsize
+    needed = int(header["vox_offset"]) + math.prod(shape) * header.get_data_dtype().itemsize
     holds = size * _DEFLATE_RATIO if path.name.endswith(".gz") else size
     if needed > min(holds, MAX_BYTES):
         raise UnreadableError(path, f"truncated: header claims shape {shape}, the file has {size} bytes")
     return needed
 
 
-def _read_bytes(path: Path, needed: int) -> bytes:
-    """The first `needed` bytes, uncompressed; a gzip stream is read to its end, where its checksum lies."""
-    if not path.name.endswith(".gz"):
-        with path.open("rb") as file:
-            return file.read(needed)
-    with gzip.open(path, "rb") as file:
-        kept = bytearray()
-        while chunk := file.read(_CHUNK):
-            kept += chunk[: needed - len(kept)]
+def _read_bytes(file: BinaryIO, start: bytes, needed: int) -> bytes:
+    """The first `needed` bytes; `file`, of which `start` was read, goes to its end, where gzip's checksum lies."""
+    kept = bytearray(start[:needed])
+    while chunk := file.read(_CHUNK):
+        kept += chunk[: needed - len(kept)]
     return bytes(kept)
 
 
