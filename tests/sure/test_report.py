@@ -1,0 +1,190 @@
+"""The comparison page: whole, self-contained, escaped, with the numbers of its evaluations."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import _pylab_helpers
+from tiny_run import CLASSES, make_run, write_data
+
+import sure.evaluate
+from sure.errors import UserError
+from sure.report import figures, glossary, write_report
+from sure_kernels.metrics import Reliability
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags, text and links, and fails on tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def evaluations(tmp_path_factory):
+    """Of two untrained runs, on the same cases."""
+    root = tmp_path_factory.mktemp("report")
+    data = write_data(root / "data", 3)
+    for seed, loss in enumerate(("edl", "sure")):
+        run = make_run(root / loss, loss=loss, seed=seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sure.evaluate, "load_run", lambda path, run=run, **_: run)
+            sure.evaluate.evaluate(run.path, data, root / f"eval_{loss}", progress=False)
+    return [root / "eval_edl", root / "eval_sure"]
+
+
+def test_page_is_whole_and_self_contained(evaluations, tmp_path):
+    out = write_report(evaluations, tmp_path / "sub" / "report.html")
+    assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+    html = out.read_text(encoding="utf-8")
+    assert len(html) < 10_000_000
+    page = Page(html)
+    images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 2 + 1 + 2  # overlays of the shared cases, reliability, a gradient plot per run
+    assert all(src.startswith("data:image/png;base64,") for src in images)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
+    assert not re.search(r"https?://|url\(", html)
+    assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
+
+
+def test_numbers_are_the_evaluations(evaluations, tmp_path):
+    page = Page(write_report(evaluations, tmp_path / "r.html").read_text(encoding="utf-8"))
+    text = " ".join(page.text.split())
+    stored = [json.loads((folder / "metrics.json").read_text()) for folder in evaluations]
+    dice = [s["summary"]["dice"]["mean"] for s in stored]
+    gaps = [b["dice"] - a["dice"] for a, b in zip(*(s["cases"] for s in stored), strict=True)]
+    for value in (*dice, abs(np.mean(gaps))):
+        assert f"{value:.3f}" in text
+    assert "EDL" in text
+    assert "SURE − EDL" in text
+    assert "2 held-out cases" in text
+    for s in stored:
+        assert s["date"] in text
+        assert s["run"] in text
+
+
+def test_html_is_escaped(evaluations, tmp_path):
+    folder = tmp_path / "eval"
+    shutil.copytree(evaluations[0], folder)
+    text = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(text.replace("core", "<script>alert(1)</script>"))
+    html = write_report([folder], tmp_path / "r.html", title="<b>bold & brave</b>").read_text(encoding="utf-8")
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<b>bold & brave</b>" in page.text
+
+
+def test_one_run_has_no_difference(evaluations, tmp_path):
+    page = Page(write_report(evaluations[:1], tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "SURE −" not in page.text
+    assert "paired" not in page.text
+
+
+def test_same_loss_is_told_apart_by_folder(evaluations, tmp_path):
+    shutil.copytree(evaluations[0], tmp_path / "other")
+    text = Page(write_report([evaluations[0], tmp_path / "other"], tmp_path / "r.html").read_text()).text
+    assert "EDL (eval_edl)" in text
+    assert "EDL (other)" in text
+
+
+def test_errors(evaluations, tmp_path):
+    with pytest.raises(UserError, match="expected at least one folder"):
+        write_report([], tmp_path / "r.html")
+    with pytest.raises(UserError, match=r"expected an evaluation with metrics\.json"):
+        write_report([tmp_path], tmp_path / "r.html")
+    (tmp_path / "metrics.json").write_text("[]")
+    with pytest.raises(UserError, match="not written by sure evaluate"):
+        write_report([tmp_path], tmp_path / "r.html")
+    with pytest.raises(UserError, match="twice"):
+        write_report([evaluations[0], evaluations[0]], tmp_path / "r.html")
+    with pytest.raises(UserError, match="expected a file name, found a folder"):
+        write_report(evaluations, tmp_path)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_planes_cut_the_centre_and_keep_proportions():
+    shape = (10, 12, 14)
+    truth = np.zeros(shape, np.uint8)
+    truth[2:5, 6:9, 9:12] = 1
+    image = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    affine = np.diag([-1.0, 2.0, 3.0, 1.0])  # x runs to the left and is turned
+    axial, coronal, sagittal = figures.planes(image, truth, truth, image / image.max(), affine)
+    np.testing.assert_array_equal(axial.image, image[::-1, :, 10].T)
+    np.testing.assert_array_equal(coronal.image, image[::-1, 7, :].T)
+    np.testing.assert_array_equal(sagittal.image, image[3].T)
+    assert [p.size for p in (axial, coronal, sagittal)] == [(10.0, 24.0), (10.0, 42.0), (24.0, 42.0)]
+
+
+def test_planes_follow_permuted_axes():
+    image = np.random.default_rng(0).random((4, 5, 6)).astype(np.float32)
+    label = np.zeros(image.shape, np.uint8)
+    affine = np.array([[0, 0, 3.0, 0], [1, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 1]])  # axes: A, S, R
+    axial, *_ = figures.planes(image, label, label, image, affine)
+    assert axial.size == (18.0, 4.0)
+    np.testing.assert_array_equal(axial.image, image[:, 2, :])
+
+
+def test_stored_planes_come_back(tmp_path):
+    image = np.random.default_rng(0).normal(1e6, 1e5, (9, 8)).astype(np.float32)
+    truth = (image > 1e6).astype(np.uint8)
+    cuts = figures.planes(image, truth, truth, truth * np.float32(0.5), np.eye(4))
+    figures.save_planes(tmp_path / "p.npz", cuts)
+    (back,) = figures.load_planes(tmp_path / "p.npz")
+    np.testing.assert_array_equal(back.truth, cuts[0].truth)
+    np.testing.assert_allclose(back.uncertainty, cuts[0].uncertainty)
+    assert back.size == cuts[0].size
+    assert np.corrcoef(back.image.ravel(), image.T.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (30, 20)])
+@pytest.mark.parametrize("labels", [0, 1, 2])
+def test_overlay_draws_any_slice(shape, labels):
+    constant = np.full(shape, 3.0, np.float32)
+    label = np.full(shape, labels, np.uint8)
+    cuts = figures.planes(constant, label, label, constant / 3, np.eye(4))
+    picture = figures.png(figures.overlay({"A": cuts, "B": cuts}, CLASSES))
+    assert picture.startswith(b"\x89PNG")
+    assert picture == figures.png(figures.overlay({"A": cuts, "B": cuts}, CLASSES))
+
+
+def test_plots_of_nothing():
+    empty = np.array([], np.float32)
+    assert figures.png(figures.gradient_plot(empty, empty, float("nan")))
+    same = np.ones(5, np.float32)
+    assert figures.png(figures.gradient_plot(same * 0, same, float("nan")))
+    nothing = Reliability(*(torch.full((10,), v) for v in (torch.nan, torch.nan, 0.0)))
+    assert figures.png(figures.reliability({"": (nothing, float("nan"))}))
+
+
+def test_no_figure_is_left_to_pyplot():
+    assert not _pylab_helpers.Gcf.get_all_fig_managers()
+
+
+def test_glossary_names_classes():
+    metric = glossary.describe("dice/left ventricle")
+    assert metric.label == "Dice, left ventricle"
+    assert metric.better == "higher"
