@@ -36,7 +36,8 @@ class TrainConfig:
     model: Literal["unet", "attention_unet", "segresnet", "dynunet"] = "unet"
     channels: tuple[int, ...] = (16, 32, 64)
     """Feature maps per resolution level."""
-    norm: Literal["instance", "batch", "group"] = "instance"
+    norm: Literal["auto", "instance", "batch"] = "auto"
+    """auto: instance; for attention_unet MONAI has batch alone, for segresnet its group norm."""
     dropout: float = 0.0
 
     # Objective
@@ -50,17 +51,17 @@ class TrainConfig:
     kl_weight: float = 1.0
     dice_weight: float = 10.0
     dice: Literal["adaptive_tversky", "soft"] = "adaptive_tversky"
-    annealing_steps: int = 20
-    """Epochs over which the KL weight rises from 0 to kl_weight."""
+    annealing_steps: int | None = None
+    """Epochs over which the KL weight rises from 0 to kl_weight; None: a fifth of all, as published."""
     gradient_weight: float = 1.0
     """beta: weight of the gradient supervision on the boundary."""
-    far_weight: float = 0.1
+    far_weight: float = 1.0
     """Weight of the mean uncertainty far from every boundary."""
-    good_model_step: int = 30
-    """Epoch from which uncertainty is supervised; its weight then rises from 1e-4 to 1e-2."""
-    supervision_scale: float = 1.0
-    """Factor on the published annealing weight (which ends at 0.01)."""
-    ranking: Literal["covariance", "correlation", "exact"] = "covariance"
+    good_model_step: int | None = None
+    """Epoch from which uncertainty is supervised (its weight then rises from 0.01 to 1); None: 30 % of all, as
+    published."""
+    ranking: Literal["covariance", "correlation"] = "covariance"
+    """Form of the gradient supervision."""
     relation: Literal["decreasing", "increasing"] = "decreasing"
     boundary: float = 1.0
     """Voxels at most this far from a boundary are on it."""
@@ -98,6 +99,16 @@ class TrainConfig:
         """`patch_size` with one entry per spatial axis."""
         return self.patch_size * self.spatial_dims if len(self.patch_size) == 1 else self.patch_size
 
+    @property
+    def kl_epochs(self) -> float:
+        """`annealing_steps`, or what it stands for."""
+        return 0.2 * self.epochs if self.annealing_steps is None else self.annealing_steps
+
+    @property
+    def supervised_from(self) -> float:
+        """`good_model_step`, or what it stands for."""
+        return 0.3 * self.epochs if self.good_model_step is None else self.good_model_step
+
 
 def _problems(c: TrainConfig) -> typing.Iterator[str]:
     if len(c.patch_size) not in (1, c.spatial_dims):
@@ -116,8 +127,21 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
     if c.clip is not None and c.clip <= 0:
         yield f"clip: expected a positive number or none, got {c.clip}"
     for name in ("annealing_steps", "good_model_step", "validate_every"):
-        if getattr(c, name) < 0:
+        if (getattr(c, name) or 0) < 0:
             yield f"{name}: expected 0 or more, got {getattr(c, name)}"
+    if c.loss == "sure" and c.supervised_from >= c.epochs:
+        yield f"good_model_step: expected less than epochs ({c.epochs}), got {c.good_model_step}"
+    if not c.boundary <= c.near <= c.far:
+        yield f"boundary, near, far: expected boundary <= near <= far, got {c.boundary:g}, {c.near:g}, {c.far:g}"
+    step = 2 ** (len(c.channels) - 1)
+    if any(size % step for size in c.patch_size):
+        yield f"patch_size: expected multiples of {step} for {len(c.channels)} resolution levels, got {c.patch_size}"
+    if c.model == "attention_unet" and c.norm == "instance":
+        yield "norm: attention_unet has batch normalisation alone, got instance"
+    if c.model == "segresnet":
+        doubled = tuple(c.channels[0] * 2**i for i in range(len(c.channels)))
+        if c.channels != doubled or c.channels[0] % 8:
+            yield f"channels: segresnet expects multiples of 8 that double from level to level, got {c.channels}"
     if min(c.prior) < 1e-3:
         yield f"prior: expected entries of at least 1e-3, got {c.prior}"
     if not 0 <= c.dropout < 1:
@@ -127,9 +151,7 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain values that YAML and JSON can hold."""
     plain = dataclasses.asdict(config)
-    return {
-        k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in plain.items()
-    }
+    return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in plain.items()}
 
 
 def from_dict(values: dict[str, Any], *, source: str = "configuration") -> TrainConfig:

@@ -1,0 +1,156 @@
+"""Run folders: what a run was told, what it has learned, and how both are written so that a crash cannot tear them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import nn
+
+from sure.config import TrainConfig, load_config, to_dict
+from sure.errors import UserError
+from sure.models import build_model
+
+CHECKPOINTS = ("final", "best", "latest")
+Name = Literal["final", "best", "latest"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run knows of its data: fixed before the first step, kept in run.json."""
+
+    data: str
+    layout: str
+    num_classes: int
+    in_channels: int
+    class_names: tuple[str, ...]
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    ignore_label: int | None
+
+
+@dataclass
+class Run:
+    """A trained network, ready for inference."""
+
+    path: Path
+    config: TrainConfig
+    model: nn.Module
+    num_classes: int
+    in_channels: int
+    class_names: tuple[str, ...]
+    held_out: tuple[str, ...]
+    epoch: int
+    checkpoint: str
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` to write to; it takes the name when the block ends well, and goes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to `path`, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def checkpoint_path(run: Path, name: str) -> Path:
+    return run / "checkpoints" / f"{name}.pt"
+
+
+def save_checkpoint(run: Path, name: str, state: dict[str, Any]) -> None:
+    """Write checkpoints/NAME.pt, whole or not at all. `state` holds tensors and plain values only."""
+    with atomic(checkpoint_path(run, name)) as temporary:
+        torch.save(state, temporary)
+
+
+def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """A checkpoint's tensors and plain values; nothing in the file is executed.
+
+    Raises UserError for a file that is missing, is torn, or holds other objects.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a checkpoint that can be loaded safely: {reason[:200]}") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{path}: expected a checkpoint with the key 'model', found {type(state).__name__}")
+    return state
+
+
+def write_experiment(run: Path, config: TrainConfig, experiment: Experiment) -> None:
+    """config.yaml and run.json of a new run."""
+    write_text(run / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(run / "run.json", json.dumps(asdict(experiment), indent=2) + "\n")
+
+
+def read_experiment(run: Path) -> Experiment:
+    """run.json of a run folder. Raises UserError where it is missing or damaged."""
+    path = run / "run.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("class_names", "train", "held_out"):
+            values[key] = tuple(values[key])
+        return Experiment(**values)
+    except FileNotFoundError as error:
+        raise UserError(f"{run}: not a run folder: it has no run.json") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not the description of a run: {error}") from error
+
+
+def load_run(run: Path, *, checkpoint: str = "final", device: str | torch.device = "cpu") -> Run:
+    """Load a run's network for inference, in eval mode on `device`.
+
+    Raises UserError for a folder that is no run, a checkpoint that does not exist (yet) or does not fit.
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise UserError(f"checkpoint: expected one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}")
+    experiment = read_experiment(run)
+    config = load_config(run / "config.yaml")
+    path = checkpoint_path(run, checkpoint)
+    if not path.is_file():
+        found = ", ".join(n for n in CHECKPOINTS if checkpoint_path(run, n).is_file()) or "none"
+        raise UserError(f"{run}: has no {checkpoint} checkpoint (found: {found}); has its training finished?")
+    state = read_checkpoint(path, device)
+    model = build_model(config, experiment.in_channels, experiment.num_classes)
+    load_weights(model, state["model"], path)
+    return Run(
+        run,
+        config,
+        model.to(device).eval(),
+        experiment.num_classes,
+        experiment.in_channels,
+        experiment.class_names,
+        experiment.held_out,
+        int(state["epoch"]),
+        checkpoint,
+    )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], source: Path) -> None:
+    """Copy `weights` into `model`. Raises UserError naming `source` where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"{source}: weights do not fit the network: {' '.join(reason)[:300]}") from error

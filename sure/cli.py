@@ -1,0 +1,246 @@
+"""The `sure` command. Every error the user can mend is one message on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sure.config import TrainConfig, load_config
+from sure.errors import UserError
+
+# Heavy imports wait until a command needs them: `sure --help` answers at once.
+
+DataRoot = Annotated[Path, tyro.conf.arg(metavar="DATA")]
+RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+Checkpoint = Literal["final", "best", "latest"]
+
+
+def demo(out: Path = Path("demo"), progress: bool = True) -> None:
+    """Phantoms, an EDL and a SURE network trained on them, and a report that compares both. Minutes on a CPU.
+
+    Args:
+        out: folder for phantoms, runs, evaluations, metrics.json and report.html; an earlier demo is replaced.
+        progress: show progress bars.
+    """
+    from sure.demo import demo as run
+
+    print(run(out, progress=progress))
+
+
+def phantom(
+    out: tyro.conf.Positional[Path],
+    cases: int = 24,
+    shape: tuple[int, int, int] = (64, 64, 48),
+    seed: int = 0,
+) -> None:
+    """Write cardiac-like phantoms with known truth and varying boundary contrast as a data set of NIfTI files.
+
+    Args:
+        out: folder to create.
+        cases: number of volumes.
+        shape: voxels along each axis.
+        seed: other seeds give other hearts.
+    """
+    from sure.data import write_phantoms
+
+    print(write_phantoms(out, cases=cases, shape=shape, seed=seed))
+
+
+def _train_command(defaults: TrainConfig) -> Callable[..., None]:
+    """`sure train` with the settings of --config as defaults of its flags."""
+
+    def train(
+        data: tyro.conf.Positional[DataRoot],
+        /,
+        out: Path,
+        config: Path | None = None,
+        resume: bool = False,
+        skip_bad: bool = False,
+        device: str = "auto",
+        workers: int = 0,
+        progress: bool = True,
+        settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Train a network on a data set (Decathlon, nnU-Net raw, ACDC, or two folders of images and labels).
+
+        Args:
+            data: data set folder.
+            out: run folder to create.
+            config: YAML file of the settings below; flags go before it.
+            resume: continue an interrupted run in `out`.
+            skip_bad: train on the cases without faults instead of refusing the data set.
+            device: auto, cpu, cuda, cuda:1, ...
+            workers: processes that prepare patches.
+            progress: show progress bars.
+            settings: what decides the weights.
+        """
+        from sure.train import train as run
+
+        folder = run(
+            data,
+            out,
+            settings,
+            resume=resume,
+            skip_bad=skip_bad,
+            device=device,
+            workers=workers,
+            progress=progress,
+        )
+        print(folder)
+
+    return train
+
+
+def evaluate(
+    run: tyro.conf.Positional[RunFolder],
+    data: tyro.conf.Positional[DataRoot],
+    /,
+    out: Path,
+    cases: Literal["held-out", "all"] = "held-out",
+    checkpoint: Checkpoint = "final",
+    pictures: int = 3,
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Score a run on cases it was not trained on: metrics.json, metrics.csv and pictures.
+
+    Args:
+        run: run folder.
+        data: data set folder.
+        out: folder to write; an earlier evaluation is replaced.
+        cases: held-out leaves out what the run was trained on.
+        checkpoint: which weights.
+        pictures: number of cases to draw, from the best to the worst.
+        device: auto, cpu, cuda, cuda:1, ...
+        progress: show progress bars.
+    """
+    from sure.evaluate import evaluate as score
+    from sure.train import choose_device
+
+    report = score(
+        run,
+        data,
+        out,
+        cases=cases,
+        checkpoint=checkpoint,
+        pictures=pictures,
+        device=choose_device(device),
+        progress=progress,
+    )
+    for name, values in report["summary"].items():
+        mean = values["mean"]
+        print(f"{name:32s} {'-' if mean is None else format(mean, '.4f'):>10s}  ({values['n']} cases)")
+    print(out)
+
+
+def predict(
+    run: tyro.conf.Positional[RunFolder],
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    out: Path,
+    checkpoint: Checkpoint = "final",
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Write CASE_seg.nii.gz and CASE_unc.nii.gz with the geometry of each image.
+
+    Args:
+        run: run folder.
+        images: NIfTI files, folders of them, or data set folders.
+        out: folder for the results.
+        checkpoint: which weights.
+        device: auto, cpu, cuda, cuda:1, ...
+        progress: show progress bars.
+    """
+    from sure.predict import predict as run_on
+    from sure.train import choose_device
+
+    if not images:
+        raise UserError("images: expected at least one file or folder")
+    for path in run_on(run, images, out, checkpoint=checkpoint, device=choose_device(device), progress=progress):
+        print(path)
+
+
+def report(
+    evaluations: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    out: Path = Path("report.html"),
+    title: str = "Segmentation with supervised uncertainty",
+) -> None:
+    """One self-contained HTML page that puts evaluations side by side.
+
+    Args:
+        evaluations: folders written by `sure evaluate`; the first is what the others are compared with.
+        out: file to write.
+        title: heading of the page.
+    """
+    from sure.report import write_report
+
+    print(write_report(evaluations, out, title))
+
+
+def doctor() -> int:
+    """Versions, devices, backends, and every op run once against its reference."""
+    from sure_kernels import doctor as run
+
+    return run()
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "phantom": phantom,
+    "train": _train_command(TrainConfig()),
+    "evaluate": evaluate,
+    "predict": predict,
+    "report": report,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(_dispatch(args) or 0)
+    except UserError as error:
+        print(f"sure: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sure: interrupted; `sure train` continues with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing is left to say, nor a place to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(args: list[str]) -> Any:
+    if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
+        return _usage(args)
+    name, rest = args[0], args[1:]
+    command = _train_command(_settings(rest)) if name == "train" else COMMANDS[name]
+    return tyro.cli(command, prog=f"sure {name}", args=rest)
+
+
+def _usage(args: list[str]) -> int:
+    lines = [f"  {name:10s} {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in COMMANDS.items()]
+    text = "usage: sure COMMAND ...   (sure COMMAND --help tells more)\n\n" + "\n".join(lines)
+    if args and args[0] not in ("-h", "--help"):
+        raise UserError(f"expected one of {', '.join(COMMANDS)}, got {args[0]!r}")
+    print(text)
+    return 0 if args else 2
+
+
+def _settings(args: list[str]) -> TrainConfig:
+    """The defaults that flags change: those of --config where it is given."""
+    for i, arg in enumerate(args):
+        if arg == "--config" and i + 1 < len(args):
+            return load_config(Path(args[i + 1]))
+        if arg.startswith("--config="):
+            return load_config(Path(arg.split("=", 1)[1]))
+    return TrainConfig()
