@@ -112,7 +112,8 @@ def _check_case(case: Case, dataset: Dataset, seen: _Seen) -> Iterator[Fault]:
         problems.append(f"float labels: expected whole numbers, found {example:g}")
     yield from (Fault(case.name, case.label, p) for p in problems)
     if not problems:
-        seen.classes = np.unique(array).astype(np.int64)
+        # Clipped: what no integer holds is out of range all the same.
+        seen.classes = np.clip(np.unique(array).astype(np.float64), -1e9, 1e9).astype(np.int64)
 
 
 def _value_problems(array: NDArray[Any]) -> Iterator[str]:

@@ -152,7 +152,6 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
                 self._items.append(padded)
         size = config.patch
         self._crop = mt.Compose([mt.RandSpatialCropd(keys, size, random_size=False)])
-        # The background indices are not used (neg=0), but MONAI wants them beside the foreground's.
         self._crop_foreground = mt.Compose(
             [
                 mt.RandCropByPosNegLabeld(
@@ -162,7 +161,7 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
                     pos=1,
                     neg=0,
                     fg_indices_key="foreground",
-                    bg_indices_key="foreground",
+                    bg_indices_key="background",
                 )
             ]
         )
@@ -193,7 +192,9 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
         choose, crop, augment = (int(s) for s in seeds.generate_state(3))
         item = self._items[index // self._config.patches_per_image]
         if choose % 2 and len(item["foreground"]):
-            (patch,) = cast(list[dict[str, Any]], self._crop_foreground.set_random_state(crop)(item))
+            # neg=0 draws none of "background", but without it MONAI would search the label again.
+            both = {**item, "background": item["foreground"]}
+            (patch,) = cast(list[dict[str, Any]], self._crop_foreground.set_random_state(crop)(both))
         else:
             patch = self._crop.set_random_state(crop)({k: item[k] for k in ("image", "label")})
         if self._config.augment:

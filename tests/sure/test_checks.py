@@ -94,6 +94,7 @@ def shifted(by: float) -> np.ndarray:
         ("labels", patched(label(), np.nan), AFFINE, "1 voxels are NaN"),
         ("labels", patched(label(), -1), AFFINE, "labels out of range: expected 0 to 2 without gaps, found -1"),
         ("labels", patched(label(), 7, np.uint8), AFFINE, "labels out of range: .*, found 7"),
+        ("labels", patched(label(), 1e30), AFFINE, "labels out of range"),
         ("labels", label() * np.complex64(1), AFFINE, "complex"),
         ("labels", label()[:-1], AFFINE, r"grid differs from the image: shape \(8, 8, 7\) against \(9, 8, 7\)"),
         ("labels", label()[..., 0], AFFINE, r"grid differs from the image: shape \(9, 8\)"),

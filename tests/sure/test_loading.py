@@ -285,8 +285,9 @@ def test_augmentation_moves_image_and_label_together(tmp_path):
     assert len({spread for _, spread in seen}) > 3
 
 
-def test_foreground_is_seen_more_often_than_chance(tmp_path):
-    label = np.zeros((60, 60, 60), np.uint8)
+@pytest.mark.parametrize("depth", [5, 60])
+def test_foreground_is_seen_in_half_of_the_patches_padded_or_not(tmp_path, depth):
+    label = np.zeros((depth, 60, 60), np.uint8)
     label[2:4, 50:52, 30:32] = 1
     image = np.random.default_rng(0).random(label.shape).astype(np.float32)
     case = Case("c", (write(tmp_path / "i.nii", image),), write(tmp_path / "l.nii", label))
@@ -320,10 +321,10 @@ def test_workers_that_stay_alive_follow_the_epoch(tmp_path):
 
 
 def test_2d_trains_on_slices_and_on_flat_images(tmp_path):
-    settings = config(spatial_dims=2, patch_size=(24, 10), patches_per_image=2)
+    settings = config(spatial_dims=2, patch_size=(24, 12), patches_per_image=2)
     data = TrainingData([make_case(tmp_path, "v", (20, 18, 9)), make_case(tmp_path, "f", (30, 12))], settings)
     assert len(data) == (9 + 1) * 2
-    assert all(item["image"].shape == (1, 24, 10) for item in items(data, 0))
+    assert all(item["image"].shape == (1, 24, 12) for item in items(data, 0))
     with pytest.raises(UserError, match="expected a 3D image for spatial_dims 3"):
         TrainingData([make_case(tmp_path, "f", (30, 12))], config())
 
