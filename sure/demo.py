@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from sure.checkpoint import write_text
 from sure.config import TrainConfig
@@ -28,7 +29,7 @@ SETTINGS = TrainConfig(
     validate_every=0,
 )
 """What both networks are trained with; only `loss` differs."""
-RUNS = {"EDL": "edl", "SURE": "sure"}
+RUNS: dict[str, Literal["edl", "sure"]] = {"EDL": "edl", "SURE": "sure"}
 MARKER = ".sure-demo"
 
 
