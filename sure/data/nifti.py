@@ -110,7 +110,9 @@ def save_nifti(array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path
     image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(stored, best, header)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        image.to_filename(temporary)
+        raw = image.to_bytes()
+        # No time stamp and no file name inside: the same values give the same bytes.
+        temporary.write_bytes(gzip.compress(raw, 4, mtime=0) if path.name.endswith(".gz") else raw)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ SPACING = (1.6, 1.6, 2.2)
 """mm"""
 
 _SIGMAS = (0.0, 0.8, 1.6, 2.6)
-"""Blurs, in voxels, between which the image is mixed."""
+"""Blurs between which the image is mixed, in voxels of an image of 64 in-plane voxels."""
 
 Array = NDArray[np.floating]
 
@@ -84,12 +84,14 @@ def phantom(shape: Sequence[int], rng: np.random.Generator) -> dict[str, NDArray
 def write_phantoms(out: Path, *, cases: int = 24, shape: tuple[int, int, int] = (64, 64, 48), seed: int = 0) -> Path:
     """Write `cases` phantoms of `shape` voxels as a Decathlon data set into `out`, and return `out`.
 
-    The same `seed` gives the same files. The folder appears complete or not at all. Raises UserError where it
-    holds anything already.
+    The same `seed` gives the same files. The folder appears complete or not at all. Raises UserError for bad
+    sizes and seeds, and where `out` holds anything already.
     """
     out = Path(out)
     if cases < 1:
         raise UserError(f"cases: expected at least 1, got {cases}")
+    if seed < 0:
+        raise UserError(f"seed: expected 0 or more, got {seed}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +188,7 @@ def _background(x: Array, y: Array, z: Array, heart: Array, t: _Tissues, rng: np
 
     # Vessels of the lung: sparse, faint.
     scene += 0.12 * np.clip(_smooth_noise(x.shape, 1.5, rng) - 1.4, 0, 1.5)
-    scale = min(x.shape[:2]) / 64
+    scale = _scale(x.shape)
     paint(heart - scale * (3.2 + 2.4 * _smooth_noise(x.shape, 7.0, rng)), t.fat * 0.8)
     paint(heart - scale * rng.uniform(0.3, 0.8), t.soft)
     bend = rng.uniform(0.2, 0.35) * (x - rng.uniform(-0.2, 0.2)) ** 2
@@ -219,16 +221,22 @@ def _papillary(x: Array, y: Array, z: Array, left: Array, rng: np.random.Generat
 def _blur_map(size: tuple[int, ...], rng: np.random.Generator) -> Array:
     """Smooth, and about uniform over the range of blurs, so that every boundary is sharp and soft in turn."""
     uniform = ndtr(1.3 * _smooth_noise(size, min(size) / 8, rng))
-    return (0.25 + (_SIGMAS[-1] - 0.25) * uniform).astype(np.float32)
+    return (_scale(size) * (0.25 + (_SIGMAS[-1] - 0.25) * uniform)).astype(np.float32)
 
 
 def _blurred(image: Array, sigma: Array) -> Array:
     """`image` under a Gaussian whose width differs from voxel to voxel, linear between a few fixed widths."""
-    stack = np.stack([ndimage.gaussian_filter(image, s, mode="nearest") if s else image for s in _SIGMAS])
-    position = np.interp(sigma, _SIGMAS, np.arange(len(_SIGMAS)))
-    below = np.minimum(position.astype(int), len(_SIGMAS) - 2)[None]
+    sigmas = _scale(image.shape) * np.array(_SIGMAS)
+    stack = np.stack([ndimage.gaussian_filter(image, s, mode="nearest") if s else image for s in sigmas])
+    position = np.interp(sigma, sigmas, np.arange(len(sigmas)))
+    below = np.minimum(position.astype(int), len(sigmas) - 2)[None]
     low, high = np.take_along_axis(stack, below, 0)[0], np.take_along_axis(stack, below + 1, 0)[0]
     return low + (high - low) * (position - below[0]).astype(np.float32)
+
+
+def _scale(size: Sequence[int]) -> float:
+    """Voxels here for one of an image of 64 in-plane voxels."""
+    return min(size[:2]) / 64
 
 
 def _signed_distance(f: Array) -> Array:

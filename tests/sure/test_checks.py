@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sure.data import Fault, check_dataset, discover, format_faults
+from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faults
 from sure.errors import UserError
 
 HIPPOCAMPUS = Path(__file__).resolve().parents[2].parent / "shared/data/hippocampus"
@@ -174,6 +174,25 @@ def test_damaged_files_are_faults_not_crashes(root, file, damage, problem):
     assert (fault.case, fault.file) == ("b", path)
     assert re.search(problem, fault.problem), fault.problem
     assert "\n" not in fault.problem
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_random_damage_is_reported_or_harmless(tmp_path, packed):
+    raw = nib.Nifti1Image(image(), AFFINE).to_bytes()
+    path = tmp_path / ("x.nii.gz" if packed else "x.nii")
+    case = Case("x", (path,), path)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(raw)
+        for at in rng.integers(0, 352, rng.integers(1, 4)):
+            damaged[at] = rng.integers(256)
+        if packed:
+            damaged = bytearray(gzip.compress(raw if rng.random() < 0.5 else damaged, 1))
+            damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        _, faults = check_dataset(Dataset(tmp_path, "folders", (case,), None), num_classes=3)
+        assert all("\n" not in fault.problem for fault in faults)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 700])

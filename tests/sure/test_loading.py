@@ -211,11 +211,12 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     save_nifti(np.ones((3, 4, 5)), OBLIQUE, tmp_path / "a.nii.gz", np.uint8)
     before = (tmp_path / "a.nii.gz").read_bytes()
 
-    def half(self, filename):
-        Path(filename).write_bytes(b"half")
+    def half(self, data):
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(nib.Nifti1Image, "to_filename", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="disk full"):
         save_nifti(np.zeros((3, 4, 5)), OBLIQUE, tmp_path / "a.nii.gz", np.uint8)
     assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
@@ -225,9 +226,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 def test_same_values_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         save_nifti(np.ones((3, 4, 5)), OBLIQUE, tmp_path / f"{name}.nii.gz", np.uint8)
-    read = [(tmp_path / f"{n}.nii.gz").read_bytes() for n in ("a", "b")]
-    assert len(read[0]) == len(read[1])
-    assert nib.load(tmp_path / "a.nii.gz").get_fdata().all()
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
 # Patches
