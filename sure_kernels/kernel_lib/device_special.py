@@ -1,0 +1,210 @@
+"""Special functions and evidence activations in Triton: the float32 twins of `special`.
+
+Written for instruction count, since the kernels are bound by it: reciprocals are squared reciprocal square roots,
+logarithms take the exponent from the bits, and each of digamma, lgamma and trigamma is one polynomial beside them.
+Functions of one argument share its reciprocal and logarithm through the compiler's elimination of common
+expressions. Arguments are at least 1, or at least 1e-3 with BELOW_ONE, which takes one recurrence step first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sure_kernels.kernel_lib import minimax
+from sure_kernels.kernel_lib.special import EXP_LIMIT
+
+SHIFT = tl.constexpr(minimax.SHIFT)
+SHIFT_NEXT = tl.constexpr(minimax.SHIFT + 1.0)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+_EXP_LIMIT = tl.constexpr(EXP_LIMIT)
+# Exponent bias and mantissa of float32, and the bits of 1.0.
+_BIAS = tl.constexpr(127)
+_MANTISSA_BITS = tl.constexpr(23)
+_MANTISSA_MASK = tl.constexpr(0x007FFFFF)
+_ONE_BITS = tl.constexpr(0x3F800000)
+
+_P = tl.constexpr(minimax.P)
+_Q = tl.constexpr(minimax.Q)
+_R_TAIL = tl.constexpr(minimax.R[:-1])
+_W = tl.constexpr(minimax.W)
+_LOG1P = tl.constexpr(minimax.LOG1P)
+_P_TERMS = tl.constexpr(len(minimax.P))
+_Q_TERMS = tl.constexpr(len(minimax.Q))
+_R_TAIL_TERMS = tl.constexpr(len(minimax.R) - 1)
+_W_TERMS = tl.constexpr(len(minimax.W))
+_LOG1P_TERMS = tl.constexpr(len(minimax.LOG1P))
+
+
+@triton.jit
+def _horner(t, COEFFICIENTS: tl.constexpr, TERMS: tl.constexpr):
+    result = t * COEFFICIENTS[0] + COEFFICIENTS[1]
+    for i in tl.static_range(2, TERMS):
+        result = result * t + COEFFICIENTS[i]
+    return result
+
+
+@triton.jit
+def reciprocal_fast(y):
+    """1 / y for y > 0 to about 4e-7: for the argument of a polynomial."""
+    s = tl.rsqrt(y)
+    return s * s
+
+
+@triton.jit
+def reciprocal(y):
+    """1 / y for y > 0 to about 1e-7, by one Newton step: for what is itself a result."""
+    t = reciprocal_fast(y)
+    return t + t * (1.0 - y * t)
+
+
+@triton.jit
+def split_exponent(y):
+    """(m, k) with y = m 2^(k - 127), 1 <= m < 2, for positive normal y: the parts of deferred logarithms."""
+    bits = y.to(tl.int32, bitcast=True)
+    m = ((bits & _MANTISSA_MASK) | _ONE_BITS).to(tl.float32, bitcast=True)
+    return m, bits >> _MANTISSA_BITS
+
+
+@triton.jit
+def _ln1p_unit(q):
+    """ln(1 + q) for 0 <= q <= 1."""
+    return q * _horner(q, _LOG1P, _LOG1P_TERMS)
+
+
+@triton.jit
+def ln(y):
+    """ln y for positive normal y; its relative error is small for y >= 1, its absolute error everywhere."""
+    m, k = split_exponent(y)
+    return (k - _BIAS).to(tl.float32) * LN_2 + _ln1p_unit(m - 1.0)
+
+
+@triton.jit
+def ln1p(x):
+    """ln(1 + x) for x >= 0; what rounding 1 + x loses is added back."""
+    w = 1.0 + x
+    return ln(w) + (x - (w - 1.0)) * reciprocal_fast(w)
+
+
+@triton.jit
+def shifted(x, BELOW_ONE: tl.constexpr):
+    """y = x + SHIFT, or x + 1 + SHIFT after the recurrence step: the polynomials' argument is 1 / y."""
+    if BELOW_ONE:
+        return x + SHIFT_NEXT
+    else:
+        return x + SHIFT
+
+
+@triton.jit
+def digamma_polynomial(t):
+    """digamma(x) - ln y of t = 1 / y."""
+    return t * _horner(t, _P, _P_TERMS)
+
+
+@triton.jit
+def kl_term_one_polynomial(t):
+    """kl_term(x, 1) + ln(y) / 2 of t = 1 / y, x >= 1."""
+    return _horner(t, _W, _W_TERMS)
+
+
+@triton.jit
+def digamma(x, BELOW_ONE: tl.constexpr):
+    y = shifted(x, BELOW_ONE)
+    result = ln(y) + digamma_polynomial(reciprocal_fast(y))
+    if BELOW_ONE:
+        result -= reciprocal(x)
+    return result
+
+
+@triton.jit
+def digamma_difference(x, gap, BELOW_ONE: tl.constexpr):
+    """digamma(x + gap) - digamma(x) for gap >= 0, without cancellation of the logarithms."""
+    t = reciprocal(shifted(x, BELOW_ONE))
+    t_sum = reciprocal_fast(shifted(x + gap, BELOW_ONE))
+    result = ln1p(gap * t) + (digamma_polynomial(t_sum) - digamma_polynomial(t))
+    if BELOW_ONE:
+        # 1 / x - 1 / (x + gap)
+        result += gap * reciprocal(x) * reciprocal(x + gap)
+    return result
+
+
+@triton.jit
+def digamma_next_minus_log(x):
+    """digamma(x + 1) - ln x for x > 0, accurate where it is small beside the logarithm."""
+    return ln1p(SHIFT_NEXT * reciprocal(x)) + digamma_polynomial(reciprocal(x + SHIFT_NEXT))
+
+
+@triton.jit
+def lgamma(x, BELOW_ONE: tl.constexpr):
+    y = shifted(x, BELOW_ONE)
+    q = _horner(reciprocal_fast(y), _Q, _Q_TERMS)
+    if BELOW_ONE:
+        return (x + 0.5) * ln(y) - (x + 1.0) + q - ln(x)
+    else:
+        return (x - 0.5) * ln(y) - x + q
+
+
+@triton.jit
+def trigamma(x, BELOW_ONE: tl.constexpr):
+    t = reciprocal_fast(shifted(x, BELOW_ONE))
+    result = t * (_horner(t, _R_TAIL, _R_TAIL_TERMS) * t + 1.0)
+    if BELOW_ONE:
+        inverse = reciprocal(x)
+        result += inverse * inverse
+    return result
+
+
+@triton.jit
+def kl_term_without_log(x, b):
+    """kl_term(x, b) - (1/2 - b) ln(x + SHIFT), x >= 1."""
+    t = reciprocal_fast(x + SHIFT)
+    return (x - b) * digamma_polynomial(t) - _horner(t, _Q, _Q_TERMS) + b
+
+
+@triton.jit
+def kl_term(x, b, BELOW_ONE: tl.constexpr):
+    """h(x, b) = (x - b) digamma(x) - lgamma(x) - (x - b): a Dirichlet KL divergence is a sum of these."""
+    if BELOW_ONE:
+        y = x + SHIFT_NEXT
+        t = reciprocal_fast(y)
+        p, q = digamma_polynomial(t), _horner(t, _Q, _Q_TERMS)
+        return (-0.5 - b) * ln(y) + (x - b) * (p - reciprocal(x)) - q + ln(x) + (b + 1.0)
+    else:
+        return (0.5 - b) * ln(x + SHIFT) + kl_term_without_log(x, b)
+
+
+@triton.jit
+def kl_term_slope(x, b, BELOW_ONE: tl.constexpr):
+    """dh/dx = (x - b) trigamma(x) - 1; x trigamma(x) tends to 1, which is taken off inside the polynomial."""
+    t = reciprocal_fast(shifted(x, BELOW_ONE))
+    r_tail = _horner(t, _R_TAIL, _R_TAIL_TERMS)
+    result = t * (r_tail - shifted(b, BELOW_ONE) * (r_tail * t + 1.0))
+    if BELOW_ONE:
+        inverse = reciprocal(x)
+        result += (x - b) * inverse * inverse
+    return result
+
+
+@triton.jit
+def evidence(z, KIND: tl.constexpr):
+    """e = act(z) >= 0: softplus, relu, or exp of z clamped to [-10, 10]. NaN stays NaN."""
+    if KIND == "softplus":
+        return tl.maximum(z, 0.0) + _ln1p_unit(tl.exp2(tl.abs(z) * -LOG2_E))
+    elif KIND == "relu":
+        return tl.where(z < 0.0, 0.0, z)
+    else:
+        return tl.exp(tl.where(z < -_EXP_LIMIT, -_EXP_LIMIT, tl.where(z > _EXP_LIMIT, _EXP_LIMIT, z)))
+
+
+@triton.jit
+def evidence_slope(z, e, KIND: tl.constexpr):
+    """de / dz, given e = evidence(z, KIND)."""
+    if KIND == "softplus":
+        q = tl.exp2(tl.abs(z) * -LOG2_E)
+        r = reciprocal(1.0 + q)
+        return tl.where(z >= 0.0, r, q * r)
+    elif KIND == "relu":
+        return tl.where(z > 0.0, 1.0, 0.0)
+    else:
+        return tl.where(tl.abs(z) <= _EXP_LIMIT, e, 0.0)
