@@ -1,0 +1,48 @@
+"""What the launchers share: volumes and strides as kernels read them, block sizes, scales of the filters.
+
+Block sizes come from tables, never from a tuner: they depend on the shape alone, so that the same input gives the
+same bits everywhere.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sure_kernels.kernel_lib.taps import SMOOTHING
+
+# Planes that a program of a marching kernel handles: each start costs two planes more.
+_LONG_MARCH, _SHORT_MARCH = 32, 8
+# From this many voxels on there are programs enough to march far.
+_LARGE_VOLUME = 1 << 22
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def as_volume(x: Tensor) -> Tensor:
+    """(N, C, *spatial) as a view (N, C, D, H, W), with D = 1 for two spatial axes."""
+    return x.unsqueeze(2) if x.ndim == 4 else x
+
+
+def march_length(voxels: int, depth: int) -> int:
+    """Planes that one program of a marching kernel handles."""
+    return min(depth, _LONG_MARCH if voxels >= _LARGE_VOLUME else _SHORT_MARCH)
+
+
+def centre_tap(operator: str) -> float:
+    """The centre tap in units of the side tap; 0 where nothing is smoothed."""
+    side, centre = SMOOTHING[operator]
+    return centre / side if side > 0 else 0.0
+
+
+def axis_scales(operator: str, spacing: tuple[float, ...]) -> tuple[float, float, float]:
+    """Factors (d, h, w) that turn the unnormalised filters of `device_taps` into derivatives per unit spacing.
+
+    Two spatial axes are h and w; the factor of d is then 0.
+    """
+    side, _ = SMOOTHING[operator]
+    smoothed = side ** (len(spacing) - 1) if side > 0 else 1.0
+    scales = [0.5 * smoothed / step for step in spacing]
+    d, h, w = [0.0] * (3 - len(scales)) + scales
+    return d, h, w
