@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -130,10 +131,12 @@ def evaluate(
             "planes": {name: f"pictures/case_{name}.npz" for name in drawn},
             "reliability": "pictures/reliability.png",
             "gradient": "pictures/gradient.png",
+            "boundary": "pictures/gradient.npz",
         },
     }
     report = _plain(report)
     gradient, uncertainty = (np.concatenate(values) for values in zip(*points, strict=True))
+    boundary = figures.BoundaryPoints(gradient, uncertainty, summary["ucc_g"]["mean"]).thinned()
     with _replacing(out) as folder:
         (folder / "pictures").mkdir()
         for name in drawn:
@@ -142,18 +145,18 @@ def evaluate(
             (folder / report["pictures"]["overlays"][name]).write_bytes(figures.png(picture))
         diagram = figures.reliability({"": (reliability, float(ece.compute()))})
         (folder / "pictures/reliability.png").write_bytes(figures.png(diagram))
-        correlation = summary["ucc_g"]["mean"]
-        plot = figures.gradient_plot(gradient, uncertainty, correlation)
+        plot = figures.gradient_plots({"": boundary})
         (folder / "pictures/gradient.png").write_bytes(figures.png(plot))
+        np.savez_compressed(
+            folder / "pictures/gradient.npz", gradient=boundary.gradient, uncertainty=boundary.uncertainty
+        )
         (folder / "metrics.csv").write_text(_csv(report["cases"]), encoding="utf-8")
         text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
         (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     return report
 
 
-def score(
-    run: Run, case: EvaluationCase, result: Inference
-) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
+def score(run: Run, case: EvaluationCase, result: Inference) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
     """All metrics of one case, NaN where undefined, and its boundary voxels' (gradient, uncertainty).
 
     Metrics of one class are called "dice/CLASS". Ignored voxels count as background in Dice and HD95, and
@@ -195,9 +198,9 @@ def score(
 
 def _dice(label: Tensor, truth: Tensor, num_classes: int) -> np.ndarray:
     """Dice of each foreground class; NaN where neither has it."""
-    both = [torch.stack([m == k for k in range(1, num_classes)], 1) for m in (label, truth)]
-    dice = compute_dice(*both, ignore_empty=False)[0].numpy()
-    empty = ~(both[0] | both[1]).flatten(2).any(2)[0].numpy()
+    mine, theirs = (torch.stack([m == k for k in range(1, num_classes)], 1) for m in (label, truth))
+    dice = compute_dice(mine, theirs, ignore_empty=False)[0].numpy()
+    empty = ~(mine | theirs).flatten(2).any(2)[0].numpy()
     return np.where(empty, np.nan, dice)
 
 
@@ -205,11 +208,13 @@ def _hd95(label: Tensor, truth: Tensor, num_classes: int, case: EvaluationCase) 
     """HD95 in mm of each foreground class; NaN where prediction or truth lacks it."""
     values = np.full(num_classes - 1, np.nan)
     for k in range(1, num_classes):
-        both = (label == k)[None], (truth == k)[None]
-        if all(m.any() for m in both):
-            values[k - 1] = compute_hausdorff_distance(
-                *both, include_background=True, percentile=95, spacing=case.spacing
-            )
+        mine, theirs = (label == k)[None], (truth == k)[None]
+        if mine.any() and theirs.any():
+            with warnings.catch_warnings():  # MONAI warns about an argument of its own
+                warnings.simplefilter("ignore", FutureWarning)
+                values[k - 1] = compute_hausdorff_distance(
+                    mine, theirs, include_background=True, percentile=95, spacing=case.spacing
+                )
     return values
 
 
@@ -241,8 +246,13 @@ def _check(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str, 
 def _planes(case: EvaluationCase, result: Inference) -> tuple[figures.Plane, ...]:
     assert case.label is not None
     truth = torch.where(case.label == IGNORE, 0, case.label)[0]
-    maps = (case.image[0], truth, result.label, result.uncertainty[0])
-    return figures.planes(*(m.numpy() for m in maps), case.affine)
+    return figures.planes(
+        case.image[0].numpy(),
+        truth.numpy(),
+        result.label.numpy(),
+        result.uncertainty[0].numpy(),
+        case.affine,
+    )
 
 
 def _pick(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:

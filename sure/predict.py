@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -129,7 +130,7 @@ def _check_images(cases: Sequence[Case], run: Run, progress: bool) -> list[Fault
             Fault(case.name, path, "expected a 3D image for a 3D run, found a 2D image")
             for case in cases
             for path in case.images
-            if path not in unreadable and nib.load(path).ndim == 2
+            if path not in unreadable and len(cast(nib.Nifti1Image, nib.load(path)).shape) == 2
         ]
     return faults
 
@@ -142,9 +143,7 @@ def _check_outputs(cases: Sequence[Case], out: Path) -> list[Fault]:
     for case in cases:
         other = first.setdefault(case.name, case)
         if other is not case:
-            faults.append(
-                Fault(case.name, case.images[0], f"would write the same files as {other.images[0]}")
-            )
+            faults.append(Fault(case.name, case.images[0], f"would write the same files as {other.images[0]}"))
         faults += [
             Fault(case.name, path, "the result would replace an input")
             for path in _outputs(case, out)

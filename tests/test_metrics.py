@@ -179,13 +179,9 @@ def test_ece_per_class_is_the_official(calibration, probability, labels):
 def test_reliability_bins_are_the_official(calibration, probability, labels):
     curve = metrics.reliability_curve(probability, labels, per_class=True)
     filled = torch.from_numpy(calibration["class1_bins_non_zero"])
-    np.testing.assert_array_equal(curve.count[0, 1, filled], calibration["class1_bins_count"])
-    np.testing.assert_allclose(
-        curve.confidence[0, 1, filled], calibration["class1_bins_avg_confidence"], 1e-6
-    )
-    np.testing.assert_allclose(
-        curve.accuracy[0, 1, filled], calibration["class1_bins_positive_fraction"], 1e-12
-    )
+    np.testing.assert_array_equal(curve.voxels[0, 1, filled], calibration["class1_bins_count"])
+    np.testing.assert_allclose(curve.confidence[0, 1, filled], calibration["class1_bins_avg_confidence"], 1e-6)
+    np.testing.assert_allclose(curve.accuracy[0, 1, filled], calibration["class1_bins_positive_fraction"], 1e-12)
     assert torch.isnan(curve.accuracy[0, 1, ~filled]).all()
 
 
@@ -194,7 +190,7 @@ def test_values_on_bin_edges(calibration):
     probability = torch.stack([1 - p, p])[None, :, :, None]
     target = torch.from_numpy(calibration["edge_target"]).long().reshape(1, -1, 1)
     curve = metrics.reliability_curve(probability, target, per_class=True)
-    count = curve.count[0, 1]
+    count = curve.voxels[0, 1]
     np.testing.assert_array_equal(count[count > 0], calibration["edge_bins_count"])
     ece = metrics.expected_calibration_error(probability, target, per_class=True)[0, 1]
     assert ece.item() == pytest.approx(float(calibration["edge_ece"]), rel=1e-6)
@@ -219,9 +215,7 @@ def test_brier_is_sklearns(probability, labels):
 
     table = probability[0, :, :, 0].T.double()
     table = table / table.sum(1, keepdim=True)
-    expected = brier_score_loss(
-        labels.numpy().ravel(), table.numpy(), labels=[0, 1, 2, 3], scale_by_half=False
-    )
+    expected = brier_score_loss(labels.numpy().ravel(), table.numpy(), labels=[0, 1, 2, 3], scale_by_half=False)
     result = metrics.brier_score(table.T[None, :, :, None], labels)
     assert result.item() == pytest.approx(expected, rel=1e-12)
 
@@ -313,9 +307,7 @@ def test_twins_pool_batches():
     torch.testing.assert_close(ece.compute(), metrics.expected_calibration_error(*joined)[0])
     torch.testing.assert_close(each.compute(), metrics.expected_calibration_error(*joined, per_class=True)[0])
     torch.testing.assert_close(brier.compute(), metrics.brier_score(*joined)[0])
-    torch.testing.assert_close(
-        ueo.compute(), metrics.uncertainty_error_overlap(u.reshape(-1), error.reshape(-1))
-    )
-    torch.testing.assert_close(curve.compute().count, metrics.reliability_curve(*joined).count[0])
+    torch.testing.assert_close(ueo.compute(), metrics.uncertainty_error_overlap(u.reshape(-1), error.reshape(-1)))
+    torch.testing.assert_close(curve.compute().voxels, metrics.reliability_curve(*joined).voxels[0])
     ece.reset()
     assert torch.isnan(ece.compute())

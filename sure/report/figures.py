@@ -6,12 +6,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#d9dee5"
 UNCERTAINTY_MAP = "magma"
 
 _DPI = 110
-_FONT = {"fontsize": 9, "color": INK}
+_FONT: dict[str, Any] = {"fontsize": 9, "color": INK}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,20 @@ class Plane:
     uncertainty: NDArray[np.float32]
     size: tuple[float, float]
     """Width and height in mm."""
+
+
+@dataclass(frozen=True)
+class BoundaryPoints:
+    """Boundary voxels, (n,) each, and the Spearman correlation to write beside them (NaN: undefined)."""
+
+    gradient: NDArray[np.floating]
+    uncertainty: NDArray[np.floating]
+    correlation: float
+
+    def thinned(self, limit: int = 50_000) -> BoundaryPoints:
+        """At most `limit` of the points, evenly spread: enough for a picture."""
+        step = -(-len(self.gradient) // limit) or 1
+        return BoundaryPoints(self.gradient[::step], self.uncertainty[::step], self.correlation)
 
 
 def planes(
@@ -93,11 +109,8 @@ def overlay(runs: Mapping[str, Sequence[Plane]], class_names: Sequence[str]) -> 
     widest = max(plane.size[0] for plane in first)
     heights = [plane.size[1] / widest for plane in first]
     column = 1.9
-    figure = Figure(
-        figsize=(column * len(titles) + 0.5, column * sum(heights) + 0.75), dpi=_DPI, layout="constrained"
-    )
+    figure = Figure(figsize=(column * len(titles) + 0.5, column * sum(heights) + 0.75), dpi=_DPI, layout="constrained")
     axes = figure.subplots(len(first), len(titles), squeeze=False, height_ratios=heights)
-    heat = None
     for row, plane in enumerate(first):
         _show_image(axes[row, 0], plane)
         _show_image(axes[row, 1], plane)
@@ -107,26 +120,21 @@ def overlay(runs: Mapping[str, Sequence[Plane]], class_names: Sequence[str]) -> 
             _show_image(left, plane)
             _show_labels(left, mine.prediction, plane, len(class_names))
             _outline(left, plane, "white")
-            heat = right.imshow(
-                mine.uncertainty, cmap=UNCERTAINTY_MAP, vmin=0, vmax=1, origin="lower", extent=_extent(plane)
-            )
+            right.imshow(mine.uncertainty, cmap=UNCERTAINTY_MAP, vmin=0, vmax=1, origin="lower", extent=_extent(plane))
             _outline(right, plane, "white")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, **_FONT)
     for axis in axes.flat:
         axis.set_axis_off()
+    heat = ScalarMappable(Normalize(0, 1), UNCERTAINTY_MAP)
     bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.9, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
     handles = [
-        Patch(color=CLASS_COLOURS[(k - 1) % len(CLASS_COLOURS)], label=name)
-        for k, name in enumerate(class_names)
-        if k
+        Patch(color=CLASS_COLOURS[(k - 1) % len(CLASS_COLOURS)], label=name) for k, name in enumerate(class_names) if k
     ]
-    handles.append(Patch(facecolor="#888888", edgecolor="white", label="white line: true boundary"))
-    figure.legend(
-        handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, labelcolor=INK
-    )
+    handles.append(Patch(facecolor="none", edgecolor=MUTED, label="white outline: truth"))
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, labelcolor=INK)
     return figure
 
 
@@ -172,69 +180,73 @@ def reliability(curves: Mapping[str, tuple[Reliability, float]]) -> Figure:
     Args:
         curves: by run name, the curve (tensors of length num_bins) and its ECE.
     """
-    figure = Figure(figsize=(4.2, 4.4), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(4.0, 3.9), dpi=_DPI, layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(3.4, 1), sharex=True)
     top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls="--", zorder=1)
     for i, (name, (curve, ece)) in enumerate(curves.items()):
-        confidence, accuracy, count = (t.cpu().numpy() for t in curve)
-        filled = count > 0
-        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+        confidence, accuracy, voxels = (t.cpu().numpy() for t in curve)
+        filled = voxels > 0
+        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "lw": 1.6, "ls": ("-", "--")[i % 2]}
         label = f"{name}: ECE {ece:.4f}" if name else f"ECE {ece:.4f}"
-        top.plot(confidence[filled], accuracy[filled], color=colour, marker="o", ms=4, lw=1.6, label=label)
-        edges = np.linspace(0, 1, len(count) + 1)
-        bottom.stairs(count / count.sum(), edges, color=colour, lw=1.4, fill=len(curves) == 1, alpha=0.9)
+        top.plot(confidence[filled], accuracy[filled], marker="os^D"[i % 4], ms=4.5, label=label, **style)
+        edges = np.linspace(0, 1, len(voxels) + 1)
+        bottom.stairs(voxels / max(voxels.sum(), 1), edges, fill=len(curves) == 1, **style)
     top.set(xlim=(0, 1), ylim=(0, 1))
     top.set_ylabel("accuracy", **_FONT)
     top.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=INK)
-    bottom.set_yscale("log")
+    if any(curve.voxels.any() for curve, _ in curves.values()):
+        bottom.set_yscale("log")
     bottom.set_xlabel("confidence of the most probable class", **_FONT)
     bottom.set_ylabel("voxels", **_FONT)
     _plain(top, bottom)
     return figure
 
 
-def gradient_plot(
-    gradient: NDArray[np.floating], uncertainty: NDArray[np.floating], correlation: float
-) -> Figure:
-    """Density of boundary voxels over gradient magnitude and uncertainty, with the median per tenth of them.
+def gradient_plots(points: Mapping[str, BoundaryPoints]) -> Figure:
+    """Per run, the density of boundary voxels over gradient and uncertainty, with the median per tenth of them.
+
+    All panels share their axes.
 
     Args:
-        gradient: (n,) gradient magnitudes of the boundary voxels.
-        uncertainty: (n,) their uncertainties.
-        correlation: Spearman's, written on the plot; NaN where undefined.
+        points: by run name.
     """
-    figure = Figure(figsize=(4.2, 4.4), dpi=_DPI, layout="constrained")
-    axis = figure.subplots()
-    if len(gradient):
-        limit = float(np.percentile(gradient, 99.5)) or 1.0  # a few sharp edges must not squeeze the rest
-        top = max(float(np.percentile(uncertainty, 99.9)) * 1.05, 0.05)
-        shown = (gradient <= limit) & (uncertainty <= top)
-        density = axis.hexbin(
-            gradient[shown],
-            uncertainty[shown],
-            gridsize=36,
-            extent=(0, limit, 0, top),
-            bins="log",
-            mincnt=1,
-            cmap="viridis",
-            linewidths=0.1,
-        )
-        bar = figure.colorbar(density, ax=axis, shrink=0.9, aspect=30, pad=0.02)
-        bar.ax.tick_params(labelsize=8, colors=MUTED)
-        bar.set_label("voxels", fontsize=8.5, color=MUTED)
-        bar.outline.set_visible(False)
-        tenths = np.array_split(np.argsort(gradient, kind="stable"), min(10, len(gradient)))
-        middle = [(np.median(gradient[t]), np.median(uncertainty[t])) for t in tenths]
-        axis.plot(*zip(*middle, strict=True), color="white", lw=4, marker="o", ms=6)
-        axis.plot(*zip(*middle, strict=True), color="#D55E00", lw=2, marker="o", ms=4, label="median")
-        axis.set(xlim=(0, limit), ylim=(0, top))
-        axis.legend(loc="upper right", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8.5)
-    text = "Spearman undefined" if np.isnan(correlation) else f"Spearman {correlation:+.3f}"
-    axis.set_title(text.replace("-", "−"), fontsize=10, color=INK, loc="left")
-    axis.set_xlabel("gradient magnitude of the image (per voxel)", **_FONT)
-    axis.set_ylabel("uncertainty", **_FONT)
-    _plain(axis)
+    figure = Figure(figsize=(4.1 * len(points) + 0.4, 3.9), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
+    filled = [p for p in points.values() if len(p.gradient)]
+    # a few sharp edges or odd voxels must not squeeze the rest
+    right = max((float(np.percentile(p.gradient, 99.5)) for p in filled), default=0.0) or 1.0
+    top = max((float(np.percentile(p.uncertainty, 99.8)) for p in filled), default=0.0) * 1.05 or 1.0
+    for axis, (name, run) in zip(panels, points.items(), strict=True):
+        _density(axis, run, right, top)
+        text = "undefined" if np.isnan(run.correlation) else f"{run.correlation:+.3f}".replace("-", "−")
+        axis.set_title(f"{name}: Spearman {text}".removeprefix(": "), fontsize=10, color=INK, loc="left")
+        axis.set_xlabel("gradient magnitude of the image", **_FONT)
+        axis.set(xlim=(0, right), ylim=(0, top))
+    panels[0].set_ylabel("uncertainty", **_FONT)
+    _plain(*panels)
     return figure
+
+
+def _density(axis: Axes, run: BoundaryPoints, right: float, top: float) -> None:
+    gradient, uncertainty = run.gradient, run.uncertainty
+    shown = (gradient <= right) & (uncertainty <= top)
+    if not shown.any():
+        return
+    axis.hexbin(
+        gradient[shown],
+        uncertainty[shown],
+        gridsize=36,
+        extent=(0, right, 0, top),
+        bins="log",
+        mincnt=1,
+        cmap="viridis",
+        linewidths=0.1,
+    )
+    tenths = np.array_split(np.argsort(gradient, kind="stable"), min(10, len(gradient)))
+    middle = [(np.median(gradient[t]), np.median(uncertainty[t])) for t in tenths]
+    axis.plot(*zip(*middle, strict=True), color="white", lw=4, marker="o", ms=6)
+    axis.plot(*zip(*middle, strict=True), color="#D55E00", lw=2, marker="o", ms=4, label="median")
+    axis.legend(loc="upper right", framealpha=0.85, edgecolor="none", fontsize=8.5, labelcolor=INK)
 
 
 def _plain(*axes: Axes) -> None:
@@ -255,7 +267,7 @@ def png(figure: Figure) -> bytes:
 
 def save_planes(path: Path, cuts: Sequence[Plane]) -> None:
     """Store planes without loss of what a picture shows (npz; uncertainty and image as float16)."""
-    arrays: dict[str, NDArray] = {}
+    arrays: dict[str, Any] = {}
     for i, plane in enumerate(cuts):
         low, high = np.percentile(plane.image, (0.5, 99.5))
         # normalised to what is shown: float16 would overflow on raw intensities

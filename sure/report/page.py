@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from sure.errors import UserError
 from sure.report import figures
-from sure.report.glossary import METRICS, describe
+from sure.report.glossary import METRICS, Metric, describe
 from sure_kernels.metrics import Reliability
 
 TITLES = {"sure": "SURE", "edl": "EDL", "dice_ce": "Dice + CE"}
@@ -72,9 +72,7 @@ def write_report(
         rows=_rows(runs),
         overlays=_overlays(runs),
         reliability=_embed(_reliability(runs)),
-        gradients=[
-            (run.name, _embed((run.folder / run.values["pictures"]["gradient"]).read_bytes())) for run in runs
-        ],
+        gradients=_embed(_gradients(runs)),
         glossary=METRICS,
         cases=_case_table(runs),
     )
@@ -113,13 +111,12 @@ def _load(folders: Sequence[Path]) -> list[_Evaluation]:
 def _tiles(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
     """The headline numbers: label, better direction, and every run's mean."""
     return [
-        {"label": METRICS[key].label, "better": METRICS[key].better, "values": _means(runs, key)}
-        for key in HEADLINES
+        {"label": METRICS[key].label, "better": METRICS[key].better, "values": _means(runs, key)} for key in HEADLINES
     ]
 
 
 def _means(runs: Sequence[_Evaluation], key: str) -> list[str]:
-    return [_number(run.values["summary"].get(key, {}).get("mean")) for run in runs]
+    return [_number(run.values["summary"].get(key, {}).get("mean"), METRICS[key].digits) for run in runs]
 
 
 def _rows(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
@@ -130,9 +127,9 @@ def _rows(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
         cells = []
         for i, run in enumerate(runs):
             summary = run.values["summary"].get(key, {"mean": None, "std": None, "n": 0})
-            cell = {"mean": _number(summary["mean"]), "std": _number(summary["std"]), "n": summary["n"]}
+            cell = {name: _number(summary[name], metric.digits) for name in ("mean", "std")}
             if i:
-                cell |= _difference(runs[0], run, key, metric.better)
+                cell |= _difference(runs[0], run, key, metric)
             cells.append(cell)
         rows.append({"label": metric.label, "better": metric.better, "detail": "/" in key, "cells": cells})
     return rows
@@ -147,7 +144,7 @@ def _keys(runs: Sequence[_Evaluation]) -> list[str]:
     )
 
 
-def _difference(base: _Evaluation, other: _Evaluation, key: str, better: str) -> dict[str, str]:
+def _difference(base: _Evaluation, other: _Evaluation, key: str, metric: Metric) -> dict[str, str]:
     """Mean and deviation of the differences over the cases that both have, and what it means."""
     mine, theirs = other.cases, base.cases
     pairs = [(mine[n].get(key), theirs[n].get(key)) for n in mine if n in theirs]
@@ -155,11 +152,11 @@ def _difference(base: _Evaluation, other: _Evaluation, key: str, better: str) ->
     if not gaps:
         return {"difference": "–", "spread": "", "verdict": ""}
     mean = float(np.mean(gaps))
-    spread = _number(float(np.std(gaps, ddof=1))) if len(gaps) > 1 else ""
-    verdict = ""
-    if better and float(f"{mean:.3g}"):
-        verdict = "better" if (mean > 0) == (better == "higher") else "worse"
-    return {"difference": _number(mean, sign=True), "spread": spread, "verdict": verdict}
+    spread = _number(float(np.std(gaps, ddof=1)), metric.digits) if len(gaps) > 1 else ""
+    verdict, printed = "", round(mean, metric.digits)
+    if metric.better and printed:  # no verdict on what is printed as 0
+        verdict = "better" if (mean > 0) == (metric.better == "higher") else "worse"
+    return {"difference": _number(mean, metric.digits, sign=True), "spread": spread, "verdict": verdict}
 
 
 def _overlays(runs: Sequence[_Evaluation]) -> list[dict[str, str]]:
@@ -173,7 +170,7 @@ def _overlays(runs: Sequence[_Evaluation]) -> list[dict[str, str]]:
     for name, members in groups:
         cuts = {r.name: figures.load_planes(r.folder / r.values["pictures"]["planes"][name]) for r in members}
         picture = figures.overlay(cuts, members[0].values["class_names"])
-        scores = ", ".join(f"Dice {_number(r.cases[name]['dice'])} ({r.name})" for r in members)
+        scores = ", ".join(f"Dice {_number(r.cases[name]['dice'], METRICS['dice'].digits)} ({r.name})" for r in members)
         result.append({"name": name, "scores": scores, "image": _embed(figures.png(picture))})
     return result
 
@@ -183,8 +180,20 @@ def _reliability(runs: Sequence[_Evaluation]) -> bytes:
     for run in runs:
         stored = run.values["reliability"]
         curve = Reliability(*(torch.tensor(_floats(stored[name])) for name in Reliability._fields))
-        curves[run.name] = (curve, run.values["summary"]["ece"]["mean"])
+        ece = run.values["summary"]["ece"]["mean"]
+        curves[run.name] = (curve, math.nan if ece is None else ece)
     return figures.png(figures.reliability(curves))
+
+
+def _gradients(runs: Sequence[_Evaluation]) -> bytes:
+    points = {}
+    for run in runs:
+        correlation = run.values["summary"]["ucc_g"]["mean"]
+        with np.load(run.folder / run.values["pictures"]["boundary"], allow_pickle=False) as stored:
+            points[run.name] = figures.BoundaryPoints(
+                stored["gradient"], stored["uncertainty"], math.nan if correlation is None else correlation
+            )
+    return figures.png(figures.gradient_plots(points))
 
 
 def _floats(values: Sequence[float | None]) -> list[float]:
@@ -195,18 +204,20 @@ def _case_table(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
     """Every case with every run's headline metrics."""
     names = dict.fromkeys(name for run in runs for name in run.cases)
     return [
-        {"name": n, "cells": [_number(run.cases.get(n, {}).get(key)) for key in HEADLINES for run in runs]}
-        for n in names
+        {
+            "name": name,
+            "cells": [
+                _number(run.cases.get(name, {}).get(key), METRICS[key].digits) for key in HEADLINES for run in runs
+            ],
+        }
+        for name in names
     ]
 
 
-def _number(value: float | None, *, sign: bool = False) -> str:
-    """Three or four significant digits with a real minus sign; a dash where undefined."""
+def _number(value: float | None, digits: int, *, sign: bool = False) -> str:
+    """With a real minus sign; a dash where undefined."""
     if value is None or not math.isfinite(value):
         return "–"
-    digits = 3 if abs(value) < 10 else 1
-    if 0 < abs(value) < 0.01:
-        digits = 5
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 

@@ -21,8 +21,8 @@ class Reliability(NamedTuple):
     """Mean predicted probability."""
     accuracy: Tensor
     """Share of voxels where the prediction (per class: the class) is true."""
-    count: Tensor
-    """Voxels in the bin."""
+    voxels: Tensor
+    """How many voxels fall in the bin."""
 
 
 def reliability_curve(
@@ -73,9 +73,7 @@ def expected_calibration_error(
     return _ece(_bin_sums(probability, target, num_bins, per_class, mask, ignore_index))
 
 
-def brier_score(
-    probability: Tensor, target: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100
-) -> Tensor:
+def brier_score(probability: Tensor, target: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     """Brier score: the mean over voxels of sum_k (p_k - y_k)^2, y the one-hot label; 0 is best, 2 worst.
 
     Arguments and errors as for `reliability_curve`.

@@ -59,9 +59,7 @@ def _histograms(uncertainty: Tensor, error: Tensor, mask: Tensor | None) -> Tens
     below = torch.bucketize(values, thresholds)
     counts = torch.where(values.isnan() & (counts > 0), torch.nan, counts)
     sums = [values.new_zeros(values.shape[0], THRESHOLDS + 1) for _ in range(2)]
-    return torch.stack(
-        [s.scatter_add_(1, below, w) for s, w in zip(sums, (counts, counts * wrong), strict=True)], 1
-    )
+    return torch.stack([s.scatter_add_(1, below, w) for s, w in zip(sums, (counts, counts * wrong), strict=True)], 1)
 
 
 def _ueo(histograms: Tensor) -> Tensor:

@@ -47,9 +47,7 @@ def match(value: object, name: str, points: Tensor, points_name: str) -> Tensor:
     if points.ndim > 2 and tensor.ndim == points.ndim - 1:
         tensor = tensor.unsqueeze(1)
     if tensor.shape != points.shape:
-        raise ValueError(
-            f"{name}: expected shape {shape_of(points)} like {points_name}, got {shape_of(tensor)}"
-        )
+        raise ValueError(f"{name}: expected shape {shape_of(points)} like {points_name}, got {shape_of(tensor)}")
     return rows(tensor)
 
 

@@ -153,6 +153,7 @@ def test_earlier_evaluation_is_replaced(data, run, evaluated, tmp_path):
     assert sorted(p.name for p in (out / "pictures").iterdir()) == [
         "case_case_2.npz",
         "case_case_2.png",
+        "gradient.npz",
         "gradient.png",
         "reliability.png",
     ]

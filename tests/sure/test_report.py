@@ -64,7 +64,7 @@ def test_page_is_whole_and_self_contained(evaluations, tmp_path):
     assert len(html) < 10_000_000
     page = Page(html)
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 2 + 1 + 2  # overlays of the shared cases, reliability, a gradient plot per run
+    assert len(images) == 2 + 1 + 1  # overlays of the shared cases, gradient plots, reliability
     assert all(src.startswith("data:image/png;base64,") for src in images)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
     assert not re.search(r"https?://|url\(", html)
@@ -173,11 +173,13 @@ def test_overlay_draws_any_slice(shape, labels):
 
 def test_plots_of_nothing():
     empty = np.array([], np.float32)
-    assert figures.png(figures.gradient_plot(empty, empty, float("nan")))
+    nothing = figures.BoundaryPoints(empty, empty, float("nan")).thinned()
     same = np.ones(5, np.float32)
-    assert figures.png(figures.gradient_plot(same * 0, same, float("nan")))
-    nothing = Reliability(*(torch.full((10,), v) for v in (torch.nan, torch.nan, 0.0)))
-    assert figures.png(figures.reliability({"": (nothing, float("nan"))}))
+    flat = figures.BoundaryPoints(same * 0, same, float("nan"))
+    assert figures.png(figures.gradient_plots({"A": nothing, "B": flat}))
+    assert figures.png(figures.gradient_plots({"": nothing}))
+    curve = Reliability(*(torch.full((10,), v) for v in (torch.nan, torch.nan, 0.0)))
+    assert figures.png(figures.reliability({"": (curve, float("nan"))}))
 
 
 def test_no_figure_is_left_to_pyplot():
