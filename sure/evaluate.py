@@ -234,7 +234,7 @@ def _check(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str, 
     expected = set(run.held_out) if cases_from == "held-out" else None
     problems = tuple(f for f in dataset.problems if expected is None or f.case in expected)
     subset = dataclasses.replace(
-        dataset, cases=tuple(chosen), problems=problems, class_names=None, channels=run.in_channels
+        dataset, cases=tuple(chosen), problems=problems, class_names=run.class_names, channels=run.in_channels
     )
     _, faults = check_dataset(subset, num_classes=run.num_classes, progress=progress)
     if faults:

@@ -55,7 +55,7 @@ METRICS: dict[str, Metric] = {
         "Uncertainty on boundaries", "", 3, "Mean uncertainty within 1 voxel of a boundary."
     ),
     "uncertainty_far": Metric(
-        "Uncertainty far from them", "lower", 4, "Mean uncertainty farther than 4 voxels from every boundary."
+        "Uncertainty far from boundaries", "lower", 4, "Mean uncertainty farther than 4 voxels from every boundary."
     ),
 }
 

@@ -66,6 +66,7 @@ def write_report(
     )
     html = environment.get_template("page.html.j2").render(
         title=title,
+        same_cases=all(run.cases.keys() == runs[0].cases.keys() for run in runs),
         runs=[{"name": run.name, **run.values} for run in runs],
         colours=figures.RUN_COLOURS,
         tiles=_tiles(runs),
@@ -96,6 +97,10 @@ def _load(folders: Sequence[Path]) -> list[_Evaluation]:
             raise UserError(f"{folder}: expected an evaluation with metrics.json ({error})") from error
         if not isinstance(values, dict) or values.get("kind") != "sure evaluation":
             raise UserError(f"{folder / 'metrics.json'}: not written by sure evaluate")
+        needed = [*values["pictures"]["planes"].values(), values["pictures"]["boundary"]]
+        missing = [name for name in needed if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder}: incomplete evaluation, {missing[0]} is missing")
         loaded.append((folder, TITLES[values["loss"]], values))
     names = [name for _, name, _ in loaded]
     runs = [
@@ -131,7 +136,8 @@ def _rows(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
             if i:
                 cell |= _difference(runs[0], run, key, metric)
             cells.append(cell)
-        rows.append({"label": metric.label, "better": metric.better, "detail": "/" in key, "cells": cells})
+        of = key.partition("/")[2]
+        rows.append({"label": of or metric.label, "better": metric.better, "detail": bool(of), "cells": cells})
     return rows
 
 

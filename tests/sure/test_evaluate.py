@@ -112,7 +112,7 @@ def evaluated(data, run, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "eval"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sure.evaluate, "load_run", lambda path, **_: run)
-        report = evaluate(run.path, data, out, progress=False)
+        report = evaluate(run.path, data, out, pictures=0, progress=False)
     return out, report
 
 
@@ -173,7 +173,7 @@ def test_evaluation_with_a_foreign_file_is_left_alone(data, run, tmp_path):
     evaluate(run.path, data, out, pictures=0, progress=False)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else"):
-        evaluate(run.path, data, out, progress=False)
+        evaluate(run.path, data, out, pictures=0, progress=False)
     assert (out / "notes.txt").read_text() == "mine"
 
 
@@ -191,14 +191,14 @@ def test_external_data_is_used_whole(run, tmp_path):
     root = tmp_path / "data"
     write_case(root, "stranger", 1)
     write_case(root, "stranger_b", 2)
-    report = evaluate(run.path, root, tmp_path / "eval", progress=False)
+    report = evaluate(run.path, root, tmp_path / "eval", pictures=0, progress=False)
     assert len(report["cases"]) == 2
     assert report["cases_from"].startswith("all")
 
 
 def test_missing_held_out_case_is_named(run, tmp_path):
     root = write_data(tmp_path / "data", 2)
-    report = evaluate(run.path, root, tmp_path / "eval", progress=False)
+    report = evaluate(run.path, root, tmp_path / "eval", pictures=0, progress=False)
     assert [row["name"] for row in report["cases"]] == ["case_0"]
     assert report["cases_missing"] == ["case_2"]
     assert report["summary"]["dice"]["std"] is None
@@ -210,7 +210,7 @@ def test_faulty_data_is_refused(run, tmp_path):
     nib.save(nib.Nifti1Image(label, AFFINE), root / "labels/case_0.nii.gz")
     (root / "labels/case_2.nii.gz").unlink()
     with pytest.raises(UserError) as raised:
-        evaluate(run.path, root, tmp_path / "eval", progress=False)
+        evaluate(run.path, root, tmp_path / "eval", pictures=0, progress=False)
     assert "labels out of range" in str(raised.value)
     assert "image without label" in str(raised.value)
     assert not (tmp_path / "eval").exists()

@@ -57,8 +57,13 @@ def evaluations(tmp_path_factory):
     return [root / "eval_edl", root / "eval_sure"]
 
 
-def test_page_is_whole_and_self_contained(evaluations, tmp_path):
-    out = write_report(evaluations, tmp_path / "sub" / "report.html")
+@pytest.fixture(scope="module")
+def written(evaluations, tmp_path_factory):
+    return write_report(evaluations, tmp_path_factory.mktemp("page") / "sub" / "report.html")
+
+
+def test_page_is_whole_and_self_contained(written):
+    out = written
     assert [p.name for p in out.parent.iterdir()] == ["report.html"]
     html = out.read_text(encoding="utf-8")
     assert len(html) < 10_000_000
@@ -71,8 +76,8 @@ def test_page_is_whole_and_self_contained(evaluations, tmp_path):
     assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
 
 
-def test_numbers_are_the_evaluations(evaluations, tmp_path):
-    page = Page(write_report(evaluations, tmp_path / "r.html").read_text(encoding="utf-8"))
+def test_numbers_are_the_evaluations(evaluations, written):
+    page = Page(written.read_text(encoding="utf-8"))
     text = " ".join(page.text.split())
     stored = [json.loads((folder / "metrics.json").read_text()) for folder in evaluations]
     dice = [s["summary"]["dice"]["mean"] for s in stored]
@@ -81,7 +86,7 @@ def test_numbers_are_the_evaluations(evaluations, tmp_path):
         assert f"{value:.3f}" in text
     assert "EDL" in text
     assert "SURE − EDL" in text
-    assert "2 held-out cases" in text
+    assert "2 held-out cases that took no part in training" in text
     for s in stored:
         assert s["date"] in text
         assert s["run"] in text
@@ -96,18 +101,18 @@ def test_html_is_escaped(evaluations, tmp_path):
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.tags}
     assert "<b>bold & brave</b>" in page.text
-
-
-def test_one_run_has_no_difference(evaluations, tmp_path):
-    page = Page(write_report(evaluations[:1], tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert "SURE −" not in page.text
+    assert "SURE −" not in page.text  # one run alone has no difference
     assert "paired" not in page.text
 
 
 def test_same_loss_is_told_apart_by_folder(evaluations, tmp_path):
     shutil.copytree(evaluations[0], tmp_path / "other")
+    stored = json.loads((tmp_path / "other/metrics.json").read_text())
+    stored["cases"].append(stored["cases"][0] | {"name": "case_9"})
+    (tmp_path / "other/metrics.json").write_text(json.dumps(stored))
     text = Page(write_report([evaluations[0], tmp_path / "other"], tmp_path / "r.html").read_text()).text
     assert "EDL (eval_edl)" in text
+    assert "do not cover the same cases" in text
     assert "EDL (other)" in text
 
 
@@ -123,6 +128,10 @@ def test_errors(evaluations, tmp_path):
         write_report([evaluations[0], evaluations[0]], tmp_path / "r.html")
     with pytest.raises(UserError, match="expected a file name, found a folder"):
         write_report(evaluations, tmp_path)
+    shutil.copytree(evaluations[0], tmp_path / "torn")
+    (tmp_path / "torn/pictures/gradient.npz").unlink()
+    with pytest.raises(UserError, match=r"incomplete evaluation, pictures/gradient\.npz is missing"):
+        write_report([tmp_path / "torn"], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 
