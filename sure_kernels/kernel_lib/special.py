@@ -68,7 +68,9 @@ def kl_term(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
     y, t = _shifted(x, below_one)
     p, q = _horner(minimax.P, t) * t, _horner(minimax.Q, t)
     if below_one:
-        return (-0.5 - b) * torch.log(y) + (x - b) * (p - x.reciprocal()) - q + torch.log(x) + (b + 1.0)
+        # ln x - L as one logarithm: the two would cancel where x is large.
+        rest = (x - b) * (p - x.reciprocal()) - q - torch.log1p((minimax.SHIFT + 1) / x) + (b + 1.0)
+        return (0.5 - b) * torch.log(y) + rest
     return (0.5 - b) * torch.log(y) + (x - b) * p - q + b
 
 

@@ -1,0 +1,189 @@
+"""The covariance form of the gradient supervision and the far term."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sure_kernels as sk
+from sure_kernels import schedules
+
+
+def setting(seed=0, shape=(2, 3, 12, 14)):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=g, dtype=torch.float64)
+    target = torch.zeros((shape[0], *shape[2:]), dtype=torch.long)
+    target[:, 3:8, 2:9] = 1
+    target[:, 5:8, 6:9] = 2
+    image = torch.randn((shape[0], 1, *shape[2:]), generator=g, dtype=torch.float64)
+    return logits, target, image
+
+
+@pytest.mark.parametrize("supervision", ["covariance", "correlation"])
+@pytest.mark.parametrize("relation", ["decreasing", "increasing"])
+def test_terms_are_their_definition(supervision, relation):
+    logits, target, image = setting()
+    u = sk.dirichlet_uncertainty(logits).vacuity[:, 0]
+    g = sk.gradient_magnitude(image)[:, 0]
+    d = sk.boundary_distance(target)[:, 0].double()
+    expected = []
+    for i in range(2):
+        pair = torch.stack((u[i][d[i] <= 1], g[i][d[i] <= 1]))
+        cov = torch.cov(pair, correction=0)
+        value = cov[0, 1] / cov[1, 1].sqrt() / (cov[0, 0].sqrt() if supervision == "correlation" else 1)
+        expected.append(torch.relu(value if relation == "decreasing" else -value))
+    _, terms = sk.supervised_evidential_loss(
+        logits, target, image, supervision=supervision, relation=relation, near=2.0, far=3.0, return_terms=True
+    )
+    torch.testing.assert_close(terms.gradient, torch.stack(expected).mean())
+    torch.testing.assert_close(terms.far, u[d > 3].mean())
+    assert float(terms.far) > 0
+
+
+def test_the_gradient_vanishes_once_the_relation_holds():
+    logits, target, image = setting()
+    g = sk.gradient_magnitude(image)
+    # Evidence that rises with the image gradient: uncertainty falls with it, as supervision wants.
+    logits = (g * torch.ones_like(logits)).requires_grad_()
+    options = {"ace_weight": 0.0, "kl_weight": 0.0, "dice_weight": 0.0, "far_weight": 0.0}
+    loss = sk.supervised_evidential_loss(logits, target, image, **options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert float(loss.detach()) == 0
+    assert bool((gradient == 0).all())
+    loss = sk.supervised_evidential_loss(logits, target, image, relation="increasing", **options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert float(loss) > 0
+    assert bool((gradient != 0).any())
+
+
+def test_descent_makes_the_relation_hold():
+    logits, target, image = setting()
+    logits.requires_grad_()
+    optimizer = torch.optim.Adam([logits], 0.1)
+    options = {"ace_weight": 0.0, "kl_weight": 0.0, "dice_weight": 0.0, "far_weight": 0.1}
+    near = sk.boundary_distance(target) <= 1
+
+    def correlation():
+        u, g = sk.dirichlet_uncertainty(logits.detach()).vacuity, sk.gradient_magnitude(image)
+        return float(torch.corrcoef(torch.stack((u[near], g[near])))[0, 1])
+
+    logits.data += 0.5 * (1 - sk.gradient_magnitude(image) * 4)
+    before = correlation()
+    for _ in range(60):
+        optimizer.zero_grad()
+        sk.supervised_evidential_loss(logits, target, image, gradient_weight=100.0, **options).backward()
+        optimizer.step()
+    assert before > 0.3
+    assert correlation() < 0.05
+
+
+@pytest.mark.parametrize("supervision", ["covariance", "correlation"])
+@pytest.mark.parametrize("namespace", [sk, sk.reference], ids=["eager", "reference"])
+def test_nothing_to_rank_is_zero(namespace, supervision):
+    logits, target, image = setting()
+    cases = {
+        "no boundary": (logits, torch.zeros_like(target), image),
+        "constant image": (logits, target, torch.full_like(image, 3.0)),
+        "ramp: constant gradient": (
+            logits,
+            target,
+            1e6 * torch.arange(14.0, dtype=torch.float64).expand_as(image).contiguous(),
+        ),
+    }
+    for name, (z, y, x) in cases.items():
+        for dtype in (torch.float64, torch.float32):
+            leaf = z.to(dtype, copy=True).requires_grad_()
+            loss, terms = namespace.supervised_evidential_loss(
+                leaf,
+                y,
+                x.to(dtype),
+                supervision=supervision,
+                padding_mode="extrapolate",
+                far_weight=0.0,
+                return_terms=True,
+            )
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            plain = z.to(dtype, copy=True).requires_grad_()
+            (expected,) = torch.autograd.grad(namespace.evidential_loss(plain, y), plain)
+            assert float(terms.gradient) == 0, name
+            assert torch.allclose(gradient, expected), name
+
+
+def test_handed_in_maps_give_the_same():
+    logits, target, image = setting()
+    expected = sk.supervised_evidential_loss(logits, target, image, near=2.0)
+    maps = {
+        "gradient": sk.gradient_magnitude(image),
+        "distance": sk.boundary_distance(target),
+        "band": sk.boundary_band(target, near=2.0),
+    }
+    for names in (("gradient",), ("distance",), ("band",), ("gradient", "band")):
+        given = {k: maps[k] for k in names}
+        got = sk.supervised_evidential_loss(logits, target, image, near=2.0, **given)
+        torch.testing.assert_close(got, expected)
+    got = sk.supervised_evidential_loss(logits, target, None, gradient=maps["gradient"], band=maps["band"])
+    torch.testing.assert_close(got, expected)
+
+
+def test_what_cannot_get_a_gradient_refuses_one():
+    logits, target, image = setting()
+    g = sk.gradient_magnitude(image)
+    with pytest.raises(ValueError, match="image: requires a gradient"):
+        sk.supervised_evidential_loss(logits, target, image.clone().requires_grad_())
+    with pytest.raises(ValueError, match="gradient: requires a gradient"):
+        sk.supervised_evidential_loss(logits, target, image, gradient=g.clone().requires_grad_())
+
+
+def test_sure_loss_follows_its_schedules():
+    logits, target, image = setting()
+    loss = sk.SURELoss(num_epochs=50, good_model_step=20, annealing_steps=10, gradient_weight=3.0, far_weight=2.0)
+    for epoch in (0, 5, 19, 20, 35, 50):
+        loss.set_epoch(epoch)
+        weight = schedules.supervision_weight(epoch, 20, 50)
+        expected = sk.supervised_evidential_loss(
+            logits,
+            target,
+            image,
+            ace_weight=10.0,
+            dice_weight=10.0,
+            kl_weight=min(1.0, epoch / 10),
+            gradient_weight=3 * weight,
+            far_weight=2 * weight,
+        )
+        torch.testing.assert_close(loss(logits, target, image=image), expected)
+        if epoch < 20:
+            torch.testing.assert_close(loss(logits, target), expected)
+    other = sk.SURELoss(num_epochs=50, good_model_step=20)
+    other.load_state_dict(loss.state_dict())
+    assert other.epoch == 50
+    assert schedules.supervision_weight(20, 20, 50) == pytest.approx(0.01)
+    assert schedules.supervision_weight(50, 20, 50) == pytest.approx(1.0)
+
+
+def test_sure_loss_says_what_it_cannot_do():
+    with pytest.raises(ValueError, match="num_epochs: expected more than good_model_step"):
+        sk.SURELoss(num_epochs=30, good_model_step=30)
+    with pytest.raises(NotImplementedError, match="noise_weight"):
+        sk.SURELoss(noise_weight=1.0)
+    with pytest.raises(NotImplementedError, match="supervision"):
+        sk.SURELoss(supervision="exact")
+    logits, target, image = setting()
+    with pytest.raises(NotImplementedError, match="noisy"):
+        sk.SURELoss()(logits, target, image=image, noisy=(logits, logits))
+    with pytest.raises(NotImplementedError, match="supervision='exact'"):
+        sk.supervised_evidential_loss(logits, target, image, supervision="exact")
+    late = sk.SURELoss()
+    late.set_epoch(40)
+    with pytest.raises(TypeError, match="image: expected"):
+        late(logits, target)
+
+
+def test_modules_are_the_functions():
+    logits, target, image = setting()
+    assert torch.equal(sk.GradientMagnitude(operator="scharr")(image), sk.gradient_magnitude(image, operator="scharr"))
+    got = sk.DirichletUncertainty(measures=("entropy",))(logits)
+    assert torch.equal(got.entropy, sk.dirichlet_uncertainty(logits, measures=("entropy",)).entropy)
+    loss = sk.EvidentialLoss(kind="log", dice_weight=2.0)
+    assert torch.equal(loss(logits, target), sk.evidential_loss(logits, target, kind="log", dice_weight=2.0))
+    assert "kind='log'" in repr(loss)
+    assert "good_model_step=30" in repr(sk.SURELoss())
