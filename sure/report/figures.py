@@ -127,7 +127,7 @@ def overlay(runs: Mapping[str, Sequence[Plane]], class_names: Sequence[str]) -> 
     for axis in axes.flat:
         axis.set_axis_off()
     heat = ScalarMappable(Normalize(0, 1), UNCERTAINTY_MAP)
-    bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.9, aspect=25, pad=0.02)
+    bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.9, aspect=25, pad=0.02, panchor=False)
     bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
     bar.ax.spines["outline"].set_visible(False)
     handles = [
@@ -191,7 +191,7 @@ def reliability(curves: Mapping[str, tuple[Reliability, float]]) -> Figure:
         top.plot(confidence[filled], accuracy[filled], marker="os^D"[i % 4], ms=4.5, label=label, **style)
         edges = np.linspace(0, 1, len(voxels) + 1)
         bottom.stairs(voxels / max(voxels.sum(), 1), edges, fill=len(curves) == 1, **style)
-    top.set(xlim=(0, 1), ylim=(0, 1))
+    top.set(xlim=(0, 1), ylim=(0, 1.02))
     top.set_ylabel("accuracy", **_FONT)
     top.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=INK)
     if any(curve.voxels.any() for curve, _ in curves.values()):
