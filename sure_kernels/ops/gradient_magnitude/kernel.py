@@ -1,0 +1,314 @@
+"""Gradient magnitude on the GPU, forward and backward, marching along z.
+
+With D_d the derivative along axis d (3-tap filters, see `kernel_lib/device_taps.py`) of one channel of the image,
+
+    q_c = sum_d D_d^2,  r = sum_c q_c | max_c q_c | (mean_c sqrt q_c)^2,  g = sqrt(r + eps^2)
+
+Forward, one program: BLOCK voxels of a plane, STEPS planes. One channel keeps the parts of two planes in registers:
+9 loads a voxel, 4 bytes written. More channels read three planes for each voxel and channel (27 loads, from cache).
+
+Backward, up = dL/dg, w_c = dL/d(D_d) / D_d:
+
+    w_c = up / g  |  up / g for the first largest channel, else 0  |  up sqrt(r) / (M g sqrt q_c)    (0/0 = 0)
+    dL/d(image) = sum_d transpose(D_d) (w_c D_d)
+
+The transpose is a gather, so there is nothing to add atomically and the result is the same bits every time. It runs
+in two kernels: `_sweep_kernel` writes w_c D_d, `_adjoint_kernel` gathers. For a voxel and channel of a 3D
+float32 image that is 8 bytes read and 12 written, then 12 read and 4 written, with 9 and 27 loads. One kernel would
+have to form the components of 27 neighbours from 5 x 5 x 5 voxels of the image: marching, 25 loads and nine times the
+arithmetic to save 24 bytes. The scratch is 12 bytes a voxel and channel (8 in 2D), freed on return.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sure_kernels.kernel_lib.device_taps import (
+    adjoint_weights,
+    gradient,
+    plane_parts,
+    plane_position,
+    voxel_gradient,
+)
+from sure_kernels.kernel_lib.launch import as_volume, axis_scales, cdiv, centre_tap, march_length
+
+BLOCK = 256
+NUM_WARPS = 4
+
+
+@triton.jit
+def _program(D, H, W, STEPS, BLOCK: tl.constexpr):
+    """(image, first plane, flat index of the first voxel in its plane) of this program, int64."""
+    i_program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(tl.cast(H, tl.int64) * W, BLOCK)
+    chunks = tl.cdiv(D, STEPS)
+    i_tile = i_program % tiles
+    i_chunk = (i_program // tiles) % chunks
+    return i_program // (tiles * chunks), i_chunk * STEPS, i_tile * BLOCK
+
+
+@triton.jit
+def _reduced(
+    p_image, z, o_h, o_w, m, M, D, H, W, s_c, s_d, s_h, s_w, scale_d, scale_h, scale_w,
+    DIMS: tl.constexpr, CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """r of plane z, and the first channel with the largest q: [BLOCK] each."""
+    b_reduced = tl.zeros(o_h.shape, tl.float32)
+    b_largest = tl.zeros(o_h.shape, tl.int32)
+    for c in range(M):
+        b_d, b_h, b_w = voxel_gradient(
+            p_image + tl.cast(c, tl.int64) * s_c, z, o_h, o_w, m, D, H, W, s_d, s_h, s_w,
+            scale_d, scale_h, scale_w, DIMS, CENTRE, PADDING,
+        )  # fmt: skip
+        b_square = b_d * b_d + b_h * b_h + b_w * b_w
+        if CHANNELS == "max":
+            b_largest = tl.where(b_square > b_reduced, c, b_largest)
+            b_reduced = tl.maximum(b_reduced, b_square, propagate_nan=tl.PropagateNan.ALL)
+        elif CHANNELS == "mean":
+            b_reduced += tl.sqrt(b_square)
+        else:
+            b_reduced += b_square
+    if CHANNELS == "mean":
+        b_mean = b_reduced / tl.cast(M, tl.float32)
+        b_reduced = b_mean * b_mean
+    return b_reduced, b_largest
+
+
+@triton.jit
+def _weight(b_up, b_reduced, eps_squared):
+    """up / g, and 0 where the image is flat."""
+    b_g = tl.sqrt(b_reduced + eps_squared)
+    return tl.where(b_g > 0, b_up / tl.where(b_g > 0, b_g, 1.0), 0.0)
+
+
+@triton.jit
+def _store_components(p_out, volume, b_weight, b_d, b_h, b_w, m, DIMS: tl.constexpr):
+    """Weighted components in the order w, h, d, `volume` elements apart."""
+    tl.store(p_out, b_weight * b_w, mask=m)
+    tl.store(p_out + volume, b_weight * b_h, mask=m)
+    if DIMS == 3:
+        tl.store(p_out + 2 * volume, b_weight * b_d, mask=m)
+
+
+@triton.jit
+def _sweep_kernel(
+    p_image, p_grad, p_out, M, D, H, W, STEPS,
+    s_n, s_c, s_d, s_h, s_w, s_grad_n, s_grad_d, s_grad_h, s_grad_w,
+    scale_d, scale_h, scale_w, eps,
+    BACKWARD: tl.constexpr, DIMS: tl.constexpr, CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """g into a contiguous (N, D, H, W), or for BACKWARD w_c D_d into a contiguous (N, M, DIMS, D, H, W).
+
+    CHANNELS: `one`, or how several are reduced. Forward does not read `p_grad`.
+    """
+    i_n, z_first, start = _program(D, H, W, STEPS, BLOCK)
+    o_h, o_w = plane_position(start, W, BLOCK)
+    m = o_h < H  # [BLOCK]
+    z_end = tl.minimum(z_first + STEPS, D)
+    plane = tl.cast(H, tl.int64) * W
+    volume = D * plane
+    eps_squared = tl.cast(eps, tl.float32) * eps
+    p_image += i_n * s_n
+    if BACKWARD:
+        p_grad += i_n * s_grad_n + o_h * tl.cast(s_grad_h, tl.int64) + o_w * tl.cast(s_grad_w, tl.int64)
+        p_out += i_n * M * DIMS * volume
+    else:
+        p_out += i_n * volume
+    p_out += start + tl.arange(0, BLOCK)
+    if CHANNELS == "one" and DIMS == 3:
+        # Parts of the planes before, at and after z.
+        dw0, dh0, s0 = plane_parts(p_image, z_first - 1, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+        dw1, dh1, s1 = plane_parts(p_image, z_first, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+        for z in range(z_first, z_end):
+            dw2, dh2, s2 = plane_parts(p_image, z + 1, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+            b_d, b_h, b_w = gradient(
+                dw0, dh0, s0, dw1, dh1, s1, dw2, dh2, s2, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING
+            )
+            b_square = b_d * b_d + b_h * b_h + b_w * b_w
+            if BACKWARD:
+                b_up = tl.load(p_grad + z * tl.cast(s_grad_d, tl.int64), mask=m, other=0.0).to(tl.float32)
+                b_weight = _weight(b_up, b_square, eps_squared)
+                _store_components(p_out + z * plane, volume, b_weight, b_d, b_h, b_w, m, DIMS)
+            else:
+                tl.store(p_out + z * plane, tl.sqrt(b_square + eps_squared), mask=m)
+            dw0, dh0, s0 = dw1, dh1, s1
+            dw1, dh1, s1 = dw2, dh2, s2
+    else:
+        for z in range(z_first, z_end):
+            b_reduced, b_largest = _reduced(
+                p_image, z, o_h, o_w, m, M, D, H, W, s_c, s_d, s_h, s_w, scale_d, scale_h, scale_w,
+                DIMS, CHANNELS, CENTRE, PADDING,
+            )  # fmt: skip
+            if BACKWARD:
+                b_up = tl.load(p_grad + z * tl.cast(s_grad_d, tl.int64), mask=m, other=0.0).to(tl.float32)
+                b_weight = _weight(b_up, b_reduced, eps_squared)
+                for c in range(M):
+                    i_c = tl.cast(c, tl.int64)
+                    b_d, b_h, b_w = voxel_gradient(
+                        p_image + i_c * s_c, z, o_h, o_w, m, D, H, W, s_d, s_h, s_w,
+                        scale_d, scale_h, scale_w, DIMS, CENTRE, PADDING,
+                    )  # fmt: skip
+                    b_share = b_weight
+                    if CHANNELS == "max":
+                        b_share = tl.where(b_largest == c, b_weight, 0.0)
+                    elif CHANNELS == "mean":
+                        b_share = b_weight * tl.sqrt(b_reduced) / tl.cast(M, tl.float32)
+                        b_share = _weight(b_share, b_d * b_d + b_h * b_h + b_w * b_w, 0.0)
+                    p_channel = p_out + i_c * DIMS * volume + z * plane
+                    _store_components(p_channel, volume, b_share, b_d, b_h, b_w, m, DIMS)
+            else:
+                tl.store(p_out + z * plane, tl.sqrt(b_reduced + eps_squared), mask=m)
+
+
+@triton.jit
+def _gather_row(p_row, m, m_left, m_right, left, here, right, COLUMNS: tl.constexpr):
+    """Weighted sum of three voxels of a row, or of the middle one alone."""
+    b_sum = tl.load(p_row, mask=m, other=0.0)
+    if COLUMNS:
+        b_left = tl.load(p_row - 1, mask=m_left & m, other=0.0)
+        b_right = tl.load(p_row + 1, mask=m_right & m, other=0.0)
+        b_sum = b_left * left + b_sum * here + b_right * right
+    return b_sum
+
+
+@triton.jit
+def _gather_plane(
+    p_plane, m, m_above, m_below, m_left, m_right, W, above, middle, below, left, here, right,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Weighted sum over the neighbours in a contiguous plane of rows W long: up to 3 x 3."""
+    b_sum = _gather_row(p_plane, m, m_left, m_right, left, here, right, COLUMNS)
+    if ROWS:
+        b_above = _gather_row(p_plane - W, m & m_above, m_left, m_right, left, here, right, COLUMNS)
+        b_below = _gather_row(p_plane + W, m & m_below, m_left, m_right, left, here, right, COLUMNS)
+        b_sum = b_above * above + b_sum * middle + b_below * below
+    return b_sum
+
+
+@triton.jit
+def _gather_components(
+    p_in, volume, o_h, o_w, m, H, W, scale_h, scale_w,
+    DIMS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """Transposed filters within a plane: (from the components w and h, from the component d)."""
+    SMOOTH: tl.constexpr = CENTRE > 0
+    above, middle, below = adjoint_weights(o_h, H, -1.0, 0.0, 1.0, PADDING)
+    left, here, right = adjoint_weights(o_w, W, -1.0, 0.0, 1.0, PADDING)
+    s_above, s_middle, s_below = adjoint_weights(o_h, H, 1.0, CENTRE, 1.0, PADDING)
+    s_left, s_here, s_right = adjoint_weights(o_w, W, 1.0, CENTRE, 1.0, PADDING)
+    m_above, m_below, m_left, m_right = o_h > 0, o_h < H - 1, o_w > 0, o_w < W - 1
+    b_inner = scale_w * _gather_plane(
+        p_in, m, m_above, m_below, m_left, m_right, W,
+        s_above, s_middle, s_below, left, here, right, SMOOTH, True,
+    )  # fmt: skip
+    b_inner += scale_h * _gather_plane(
+        p_in + volume, m, m_above, m_below, m_left, m_right, W,
+        above, middle, below, s_left, s_here, s_right, True, SMOOTH,
+    )  # fmt: skip
+    b_across = tl.zeros_like(b_inner)
+    if DIMS == 3:
+        b_across = _gather_plane(
+            p_in + 2 * volume, m, m_above, m_below, m_left, m_right, W,
+            s_above, s_middle, s_below, s_left, s_here, s_right, SMOOTH, SMOOTH,
+        )  # fmt: skip
+    return b_inner, b_across
+
+
+@triton.jit
+def _adjoint_kernel(
+    p_in, p_out, D, H, W, STEPS, scale_d, scale_h, scale_w,
+    DIMS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum_d transpose(D_d) y_d from contiguous components (N M, DIMS, D, H, W) into contiguous (N M, D, H, W)."""
+    i_n, z_first, start = _program(D, H, W, STEPS, BLOCK)
+    o_h, o_w = plane_position(start, W, BLOCK)
+    m = o_h < H  # [BLOCK]
+    z_end = tl.minimum(z_first + STEPS, D)
+    plane = tl.cast(H, tl.int64) * W
+    volume = D * plane
+    p_in += i_n * DIMS * volume + start + tl.arange(0, BLOCK)
+    p_out += i_n * volume + start + tl.arange(0, BLOCK)
+    if DIMS == 2:
+        b_inner, _ = _gather_components(p_in, volume, o_h, o_w, m, H, W, scale_h, scale_w, DIMS, CENTRE, PADDING)
+        tl.store(p_out, b_inner.to(p_out.dtype.element_ty), mask=m)
+    else:
+        # Planes before, at and after z.
+        inner0, across0 = _gather_components(
+            p_in + (z_first - 1) * plane, volume, o_h, o_w, m & (z_first > 0), H, W, scale_h, scale_w,
+            DIMS, CENTRE, PADDING,
+        )  # fmt: skip
+        inner1, across1 = _gather_components(
+            p_in + z_first * plane, volume, o_h, o_w, m, H, W, scale_h, scale_w, DIMS, CENTRE, PADDING
+        )
+        for z in range(z_first, z_end):
+            inner2, across2 = _gather_components(
+                p_in + (z + 1) * plane, volume, o_h, o_w, m & (z < D - 1), H, W, scale_h, scale_w,
+                DIMS, CENTRE, PADDING,
+            )  # fmt: skip
+            before, here, after = adjoint_weights(z, D, -1.0, 0.0, 1.0, PADDING)
+            b_result = scale_d * (before * across0 + here * across1 + after * across2)
+            if CENTRE > 0:
+                before, here, after = adjoint_weights(z, D, 1.0, CENTRE, 1.0, PADDING)
+                b_result += before * inner0 + here * inner1 + after * inner2
+            else:
+                b_result += inner1
+            tl.store(p_out + z * plane, b_result.to(p_out.dtype.element_ty), mask=m)
+            inner0, across0 = inner1, across1
+            inner1, across1 = inner2, across2
+
+
+def _grid(volumes: int, sizes: tuple[int, ...], steps: int) -> tuple[int]:
+    d, h, w = sizes
+    return (volumes * cdiv(d, steps) * cdiv(h * w, BLOCK),)
+
+
+def _sweep(
+    image: Tensor,
+    grad: Tensor | None,
+    out: Tensor,
+    operator: str,
+    spacing: tuple[float, ...],
+    mode: str,
+    reduction: str,
+    eps: float,
+) -> None:
+    x = as_volume(image)
+    up = x if grad is None else as_volume(grad)
+    n, channels, *sizes = x.shape
+    steps = march_length(x[:, 0].numel(), sizes[0])
+    _sweep_kernel[_grid(n, sizes, steps)](
+        x, up, out, channels, *sizes, steps,
+        *x.stride(), *(up.stride(i) for i in (0, 2, 3, 4)), *axis_scales(operator, spacing), eps,
+        BACKWARD=grad is not None, DIMS=image.ndim - 2, CHANNELS=reduction if channels > 1 else "one",
+        CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def forward(image: Tensor, operator: str, spacing: tuple[float, ...], mode: str, reduction: str, eps: float) -> Tensor:
+    """(N, M, *spatial) -> (N, 1, *spatial), float32."""
+    n, _, *spatial = image.shape
+    out = torch.empty((n, 1, *spatial), dtype=torch.float32, device=image.device)
+    _sweep(image, None, out, operator, spacing, mode, reduction, eps)
+    return out
+
+
+def backward(
+    grad: Tensor, image: Tensor, operator: str, spacing: tuple[float, ...], mode: str, reduction: str, eps: float
+) -> Tensor:
+    """Gradient with respect to the image, contiguous, in its dtype."""
+    n, channels, *spatial = image.shape
+    dims = len(spatial)
+    components = torch.empty((n, channels, dims, *spatial), dtype=torch.float32, device=image.device)
+    _sweep(image, grad, components, operator, spacing, mode, reduction, eps)
+    result = torch.empty((n, channels, *spatial), dtype=image.dtype, device=image.device)
+    sizes = as_volume(result).shape[2:]
+    steps = march_length(result[:, 0].numel(), sizes[0])
+    _adjoint_kernel[_grid(n * channels, sizes, steps)](
+        components, result, *sizes, steps, *axis_scales(operator, spacing),
+        DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return result
