@@ -169,15 +169,19 @@ def test_stored_planes_come_back(tmp_path):
     assert np.corrcoef(back.image.ravel(), image.T.ravel())[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (30, 20)])
-@pytest.mark.parametrize("labels", [0, 1, 2])
+@pytest.mark.parametrize(("shape", "labels"), [((1, 1), 0), ((1, 9), 1), ((30, 20), 0), ((30, 20), 2)])
 def test_overlay_draws_any_slice(shape, labels):
     constant = np.full(shape, 3.0, np.float32)
     label = np.full(shape, labels, np.uint8)
     cuts = figures.planes(constant, label, label, constant / 3, np.eye(4))
-    picture = figures.png(figures.overlay({"A": cuts, "B": cuts}, CLASSES))
-    assert picture.startswith(b"\x89PNG")
-    assert picture == figures.png(figures.overlay({"A": cuts, "B": cuts}, CLASSES))
+    assert figures.png(figures.overlay({"A": cuts}, CLASSES)).startswith(b"\x89PNG")
+
+
+def test_the_same_picture_is_the_same_bytes():
+    image = np.eye(8, dtype=np.float32)
+    cuts = figures.planes(image, image.astype(np.uint8), image.astype(np.uint8), image, np.eye(4))
+    first, second = (figures.png(figures.overlay({"A": cuts, "B": cuts}, CLASSES)) for _ in range(2))
+    assert first == second
 
 
 def test_plots_of_nothing():

@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.networks.nets import UNet
-from sure.checkpoint import Run
 
+from sure.checkpoint import Run
 from sure.config import TrainConfig
 
 SHAPE = (22, 20, 13)
