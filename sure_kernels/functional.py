@@ -8,6 +8,7 @@ float32 (float64 for float64), gradients return in the dtype that came.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import torch
@@ -139,10 +140,10 @@ def dirichlet_uncertainty(
     return _result_type(names)(*values)
 
 
-@torch.compiler.assume_constant_result
 def _result_type(names: tuple[str, ...]) -> Any:
+    """The NamedTuple with these fields, made once; collections.namedtuple is what torch.compile can trace."""
     if names not in _RESULT_TYPES:
-        _RESULT_TYPES[names] = NamedTuple("DirichletMeasures", [(name, Tensor) for name in names])  # type: ignore[misc]
+        _RESULT_TYPES[names] = namedtuple("DirichletMeasures", names)
     return _RESULT_TYPES[names]
 
 

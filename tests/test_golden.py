@@ -157,9 +157,7 @@ def test_images_without_boundary_are_infinitely_far(golden):
 def test_schedules(golden):
     data = golden("14_schedules")
     for epoch in range(data["T"]):
-        assert math.isclose(
-            schedules.kl_weight(epoch, data["annealing_steps"]), float(data["kl_coef"][epoch])
-        )
+        assert math.isclose(schedules.kl_weight(epoch, data["annealing_steps"]), float(data["kl_coef"][epoch]))
         got = schedules.supervision_weight(epoch, data["good_model_step"], data["T"])
         if epoch < data["good_model_step"]:
             assert got == 0

@@ -1,0 +1,250 @@
+"""The library as a whole: backends, registry, layering, public surface, compilation, process groups."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import sure_kernels as sk
+from sure_kernels import registry
+from sure_kernels.backends import BACKENDS
+
+PACKAGE = Path(sk.__file__).parent
+
+
+def test_public_surface():
+    """What is public is decided, not stumbled into: a new name has to be added here."""
+    assert sorted(sk.__all__) == [
+        "BackendUnavailableError",
+        "DirichletUncertainty",
+        "EvidentialLoss",
+        "EvidentialTerms",
+        "GradientMagnitude",
+        "SURELoss",
+        "SupervisedTerms",
+        "backend",
+        "backends",
+        "boundary_band",
+        "boundary_distance",
+        "dirichlet_uncertainty",
+        "doctor",
+        "evidential_loss",
+        "get_backend",
+        "gradient_magnitude",
+        "reference",
+        "set_backend",
+        "supervised_evidential_loss",
+    ]
+    for name in sk.__all__:
+        assert getattr(sk, name).__doc__, name
+
+
+def test_every_op_has_every_part():
+    for op in registry.OPS:
+        for part in op.parts:
+            assert op.part(part).__doc__, f"{op.name}: {part}"
+        assert op.function.__doc__
+        assert op.reference is not op.function
+
+
+def imports_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith(("sure_kernels", "sure.", "triton"))}
+
+
+# The supervised loss is made of the ops it fuses; the evidential one of Dirichlet distributions.
+ROOMS_USED = {
+    "evidential": {"dirichlet"},
+    "supervised": {"evidential", "gradient_magnitude", "dirichlet"},
+}
+
+
+def test_imports_run_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE)
+        for name in imports_of(path):
+            where = f"{relative} imports {name}"
+            assert not name.startswith("sure."), where
+            if relative.parts[0] == "kernel_lib":
+                assert name.startswith(("sure_kernels.kernel_lib", "triton")), where
+            elif relative.parts[0] == "ops" and len(relative.parts) == 3:
+                room = relative.parts[1]
+                allowed = {room} | ROOMS_USED.get(room, set())
+                rooms = tuple(f"sure_kernels.ops.{r}" for r in allowed)
+                assert name.startswith(("sure_kernels.kernel_lib", "triton", *rooms)), where
+            if name.startswith("triton"):
+                assert relative.name == "kernel.py" or relative.parts[0] in ("kernel_lib", "compile_check"), where
+
+
+def test_importing_needs_neither_triton_nor_the_training_extra():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'scipy', 'monai', 'nibabel', 'matplotlib'): sys.modules[name] = None\n"
+        "import torch, sure_kernels as sk\n"
+        "z = torch.randn(1, 3, 4, 4)\n"
+        "sk.evidential_loss(z, torch.zeros(1, 4, 4, dtype=torch.long))\n"
+        "try: sk.boundary_distance(torch.zeros(1, 4, 4, dtype=torch.long))\n"
+        "except ImportError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "sure-kernels[train]" in result.stdout
+
+
+def test_backends_explain_themselves():
+    found = sk.backends()
+    assert set(found) == set(BACKENDS) - {"auto"}
+    assert found["eager"] is None
+    assert found["reference"] is None
+    x = torch.zeros(1)
+    assert sk.get_backend(x) == "eager"
+    with sk.backend("reference"):
+        assert sk.get_backend(x) == "reference"
+        with sk.backend("eager"):
+            assert sk.get_backend(x) == "eager"
+        assert sk.get_backend(x) == "reference"
+    for name, reason in found.items():
+        if reason is not None:
+            with sk.backend(name), pytest.raises(sk.BackendUnavailableError, match=name):
+                sk.get_backend(x)
+
+
+def test_backend_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SURE_KERNELS_BACKEND", "reference")
+    assert sk.get_backend(torch.zeros(1)) == "reference"
+    monkeypatch.setenv("SURE_KERNELS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="SURE_KERNELS_BACKEND: expected one of"):
+        sk.get_backend(torch.zeros(1))
+
+
+def test_doctor_is_well(capsys):
+    assert sk.doctor() == 0
+    out = capsys.readouterr().out
+    for op in registry.OPS:
+        assert op.name in out
+    assert "all well" in out
+
+
+@pytest.mark.parametrize("op", [op for op in registry.OPS if op.differentiable], ids=lambda op: op.name)
+def test_full_graph_compilation(op):
+    """torch.compile traces the public function whole; aot_eager needs no C++ compiler."""
+    args, kwargs = op.example(torch.Generator().manual_seed(0), 3, (7, 6, 9), torch.float32)
+    if op.name == "supervised_evidential_loss":
+        # The distance transform of the labels runs outside of the graph.
+        kwargs = kwargs | {"band": sk.boundary_band(args[1])}
+    results = []
+    for function in (op.function, torch.compile(op.function, fullgraph=True, backend="aot_eager")):
+        leaf = args[0].clone().requires_grad_()
+        out = function(leaf, *args[1:], **kwargs)
+        total = sum(v.sum() for v in ((out,) if isinstance(out, torch.Tensor) else out))
+        (gradient,) = torch.autograd.grad(total, leaf)
+        results.append((total.detach(), gradient))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("op", [op for op in registry.OPS if op.differentiable], ids=lambda op: op.name)
+@pytest.mark.parametrize("upstream", ["scalar", "expanded", "stride 0", "transposed"])
+def test_upstream_gradients_of_any_stride(op, upstream):
+    args, kwargs = op.example(torch.Generator().manual_seed(0), 3, (5, 5, 5), torch.float32)
+    grads = {}
+    for name, function in (("closed form", op.function), ("reference", op.reference)):
+        leaf = args[0].clone().requires_grad_()
+        out = function(leaf, *args[1:], **kwargs)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        if upstream == "scalar":
+            weight = torch.ones_like(out)
+        elif upstream == "expanded":
+            weight = torch.tensor(2.0).expand_as(out)
+        elif upstream == "stride 0" and out.ndim:
+            weight = torch.rand(out.shape[-1], generator=torch.Generator().manual_seed(1)).expand_as(out)
+        else:
+            weight = torch.rand(out.shape, generator=torch.Generator().manual_seed(1))
+            weight = weight.transpose(-1, -2) if out.ndim else weight
+        out.backward(weight)
+        grads[name] = leaf.grad
+    torch.testing.assert_close(grads["closed form"], grads["reference"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [op for op in registry.OPS if op.differentiable], ids=lambda op: op.name)
+def test_autocast_changes_nothing(op):
+    args, kwargs = op.example(torch.Generator().manual_seed(0), 3, (5, 6, 7), torch.float32)
+    leaf = args[0].clone().requires_grad_()
+    expected = op.function(leaf, *args[1:], **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = op.function(leaf, *args[1:], **kwargs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_inputs_are_not_written_to():
+    for op in registry.OPS:
+        args, kwargs = op.example(torch.Generator().manual_seed(0), 3, (5, 6, 7), torch.float32)
+        before = [a.clone() for a in args]
+        leaf = args[0].requires_grad_() if op.differentiable else args[0]
+        out = op.function(leaf, *args[1:], **kwargs)
+        if op.differentiable:
+            sum(v.sum() for v in ((out,) if isinstance(out, torch.Tensor) else out)).backward()
+        for a, b in zip(args, before, strict=True):
+            assert torch.equal(a.detach(), b)
+
+
+def joined_batch():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn((3, 3, 6, 7), generator=g, dtype=torch.float64)
+    target = torch.randint(0, 3, (3, 6, 7), generator=g)
+    target[0] = -100  # the first rank holds no valid voxel
+    return logits, target, torch.randn((3, 1, 6, 7), generator=g, dtype=torch.float64)
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    shard = slice(0, 1) if rank == 0 else slice(1, 3)
+    out = {}
+    for namespace in ("eager", "reference"):
+        with sk.backend(namespace):
+            for name in ("evidential", "supervised"):
+                logits, target, image = (t[shard] for t in joined_batch())
+                leaf = logits.clone().requires_grad_()
+                group = torch.distributed.group.WORLD
+                if name == "evidential":
+                    loss = sk.evidential_loss(leaf, target, process_group=group)
+                else:
+                    loss = sk.supervised_evidential_loss(leaf, target, image, near=1.0, far=1.5, process_group=group)
+                loss.backward()
+                # What DistributedDataParallel's averaging makes of it.
+                out[namespace, name] = (loss.detach(), leaf.grad / 2)
+    torch.save(out, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    logits, target, image = joined_batch()
+    for (namespace, name), (loss, _) in ranks[0].items():
+        with sk.backend(namespace):
+            leaf = logits.clone().requires_grad_()
+            if name == "evidential":
+                expected = sk.evidential_loss(leaf, target)
+            else:
+                expected = sk.supervised_evidential_loss(leaf, target, image, near=1.0, far=1.5)
+            expected.backward()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+        gradient = torch.cat([r[namespace, name][1] for r in ranks])
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
