@@ -21,11 +21,15 @@ arithmetic to save 24 bytes. The scratch is 12 bytes a voxel and channel (8 in 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib.device_taps import (
     adjoint_weights,
     gradient,
@@ -34,6 +38,7 @@ from sure_kernels.kernel_lib.device_taps import (
     voxel_gradient,
 )
 from sure_kernels.kernel_lib.launch import as_volume, axis_scales, cdiv, centre_tap, march_length
+from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 
 BLOCK = 256
 NUM_WARPS = 4
@@ -312,3 +317,51 @@ def backward(
         DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return result
+
+
+def compile_cases() -> list[KernelCases]:
+    """What dispatch can reach, for `sure_kernels.compile_check`."""
+    flags: dict[str, tuple[Any, ...]] = {
+        "dims": (2, 3),
+        "channels": ("one", *CHANNEL_REDUCTIONS),
+        "operator": OPERATORS,
+        "padding": PADDING_MODES,
+        "dtype": ("float32", "bfloat16", "float16"),
+        "contiguous": (True, False),
+    }
+    sizes = dict.fromkeys(("D", "H", "W", "STEPS"), "i32")
+    scales = dict.fromkeys(("scale_d", "scale_h", "scale_w"), "fp32")
+
+    def common(f: Flags) -> tuple[dict[str, str], dict[str, Any]]:
+        constants = {"DIMS": f["dims"], "CENTRE": centre_tap(f["operator"]), "PADDING": f["padding"], "BLOCK": BLOCK}
+        if f["dims"] == 2:
+            constants |= {"D": 1, "STEPS": 1}
+        return sizes | scales, constants
+
+    def sweep(backward: bool) -> Callable[[Flags], Arguments]:
+        def arguments(f: Flags) -> Arguments:
+            types, constants = common(f)
+            pointer = pointer_type(f["dtype"])
+            types |= {"p_image": pointer, "p_grad": "*fp32" if backward else pointer, "p_out": "*fp32"}
+            strides = [name for name in _sweep_kernel.arg_names if name.startswith("s_")]
+            types |= dict.fromkeys(strides, "i64") | {"M": "i32", "eps": "fp32"}
+            constants |= {"BACKWARD": backward, "CHANNELS": f["channels"]}
+            if f["channels"] == "one":
+                constants["M"] = 1
+            if f["contiguous"]:
+                constants |= {"s_w": 1, "s_grad_w": 1}
+            return Arguments(types, constants, NUM_WARPS)
+
+        return arguments
+
+    def adjoint(f: Flags) -> Arguments:
+        types, constants = common(f)
+        types |= {"p_in": "*fp32", "p_out": pointer_type(f["dtype"])}
+        return Arguments(types, constants, NUM_WARPS)
+
+    adjoint_flags = {name: flags[name] for name in ("dims", "operator", "padding", "dtype")}
+    return [
+        KernelCases(_sweep_kernel, "gradient_magnitude", "forward", flags, sweep(False)),
+        KernelCases(_sweep_kernel, "gradient_magnitude", "backward", flags, sweep(True)),
+        KernelCases(_adjoint_kernel, "gradient_magnitude", "backward", adjoint_flags, adjoint),
+    ]

@@ -1,0 +1,117 @@
+"""What a kernel can be called with, and selections of it that meet every pair or triple of flags."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Flags = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A kernel's arguments as the compiler needs them.
+
+    Attributes:
+        types: type of every run-time argument ("*fp32", "*bf16", "*i64", "i32", "fp32", ...), by name. Pointers are
+            taken to be aligned to 16 bytes, as torch allocates; other numbers are taken to be odd.
+        constants: value of every tl.constexpr argument, and of integers equal to 1 (the compiler folds those).
+    """
+
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class KernelCases:
+    """One kernel in one direction, and the flags that dispatch can reach it with.
+
+    Attributes:
+        kernel: the jitted function.
+        op: public name of the op.
+        direction: `forward` or `backward`.
+        flags: the values of each flag. A flag `K` is the number of classes: its values here are not used, the check
+            takes its own.
+        arguments: (flags) -> Arguments.
+        reachable: whether dispatch can reach this combination.
+    """
+
+    kernel: Any
+    op: str
+    direction: str
+    flags: dict[str, tuple[Any, ...]]
+    arguments: Callable[[Flags], Arguments]
+    reachable: Callable[[Flags], bool] = lambda flags: True
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+def pointer_type(dtype: str) -> str:
+    """The pointer type for a name as in `float32`."""
+    return "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+
+
+def covering_rows(
+    flags: dict[str, tuple[Any, ...]], reachable: Callable[[Flags], bool], strength: int = 2
+) -> list[Flags]:
+    """Rows in which every reachable combination of `strength` flags occurs at least once.
+
+    Greedy and deterministic: of the reachable rows, always the one with the most combinations not seen yet, searched
+    among rows that contain the first combination missing.
+    """
+    names = sorted(flags)
+    if len(names) <= strength:
+        return [row for row in _product(flags, names, {}) if reachable(row)]
+    missing: dict[tuple[tuple[str, int], ...], None] = {}
+    for group in itertools.combinations(names, strength):
+        for chosen in itertools.product(*(range(len(flags[n])) for n in group)):
+            missing[tuple(zip(group, chosen, strict=True))] = None
+    rows: list[Flags] = []
+    while missing:
+        seed = dict(next(iter(missing)))
+        indices = _grow(seed, flags, names, missing, reachable, strength)
+        if indices is None:
+            del missing[next(iter(missing))]  # no reachable row has this combination
+            continue
+        for group in itertools.combinations(names, strength):
+            missing.pop(tuple((n, indices[n]) for n in group), None)
+        rows.append({n: flags[n][indices[n]] for n in flags})
+    return rows
+
+
+def _product(flags: dict[str, tuple[Any, ...]], names: Iterable[str], fixed: Flags) -> Iterable[Flags]:
+    free = [n for n in names if n not in fixed]
+    for values in itertools.product(*(flags[n] for n in free)):
+        yield {**fixed, **dict(zip(free, values, strict=True))}
+
+
+def _grow(
+    seed: dict[str, int],
+    flags: dict[str, tuple[Any, ...]],
+    names: list[str],
+    missing: dict[tuple[tuple[str, int], ...], None],
+    reachable: Callable[[Flags], bool],
+    strength: int,
+) -> dict[str, int] | None:
+    """`seed` completed flag by flag, best values first, backtracking where no reachable row follows."""
+    free = [n for n in names if n not in seed]
+    if not free:
+        return seed if reachable({n: flags[n][seed[n]] for n in flags}) else None
+    name = free[0]
+
+    def gain(value: int) -> int:
+        chosen = {**seed, name: value}
+        others = [n for n in names if n in chosen and n != name]
+        groups = itertools.combinations(others, strength - 1)
+        return sum(tuple((n, chosen[n]) for n in sorted((*g, name))) in missing for g in groups)
+
+    for value in sorted(range(len(flags[name])), key=lambda v: (-gain(v), v)):
+        found = _grow({**seed, name: value}, flags, names, missing, reachable, strength)
+        if found is not None:
+            return found
+    return None
