@@ -1,0 +1,713 @@
+"""The two sweeps of `closed_form` in Triton: sums of an image, then dL/dz, with or without supervision.
+
+Per voxel with label y, e = act(z), a = e + b, S = sum a, B = sum b, t = sum of e over the wrong classes:
+
+    digamma ACE = psi(S) - psi(a_y),  log ACE = ln S - ln a_y,
+    mse ACE     = F sum q^2 + sum q (1 - q) / (S + 1)        q = 1 - p_y for the true class, p_k elsewhere
+    KL          = sum over wrong k of (h(a_k, b_k) + lgamma(b_k)) - h(t + B, B) - lgamma(B)
+    vacuity u   = B / S
+
+(Sensoy, Kaplan, Kandemir, NeurIPS 2018; Li, Sui, Wu, Zhuang, MICCAI 2025). The sums and coefficients are those of
+`closed_form`, in its order.
+
+A program marches: it holds BLOCK neighbours of a plane and goes through `march` planes. Where the gradient magnitude
+is filtered on the way (GRADIENT = 2) planes are those of the volume, and the parts of two of them stay in registers.
+Otherwise a "plane" is simply BLOCK voxels of the flat image. Partial sums are float32 within a program and float64
+between programs, added in a fixed order; the partition depends on the shape alone, so results repeat to the bit.
+
+Cost, K = 4, bfloat16, sm_90: see the table that `python -m sure_kernels.compile_check` prints. With a unit prior and
+no class weights the logarithms are deferred: a lane keeps mantissa products and exponent sums of its voxels and
+takes three logarithms at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sure_kernels.kernel_lib import device_special as special
+from sure_kernels.kernel_lib import device_taps as taps
+from sure_kernels.kernel_lib import labels
+from sure_kernels.kernel_lib.chunks import flat
+from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, march_length
+from sure_kernels.ops.evidential.closed_form import Formula, number_of_sums
+from sure_kernels.ops.gradient_magnitude import kernel as gradient_magnitude
+
+# GRADIENT: where the magnitude of the image's gradient comes from.
+NO_GRADIENT, CACHED, FILTERED = 0, 1, 2
+
+_BOUNDARY = tl.constexpr(labels.BOUNDARY)
+_FAR = tl.constexpr(labels.FAR)
+_NOT_COUNTED = tl.constexpr(-1)
+# Stands for 64-bit labels that 32 bits cannot hold: no class.
+_NO_CLASS = tl.constexpr(-2)
+_BIAS = tl.constexpr(127)
+_EULER_GAMMA = tl.constexpr(0.5772156649015329)
+
+
+@triton.jit
+def _load_label(p_label, p_mask, o_voxel, m, ignore_index, HAS_MASK: tl.constexpr):
+    """Label (int32; _NOT_COUNTED where the voxel is ignored or masked) and whether it counts, [BLOCK] each."""
+    b_raw = tl.load(p_label + o_voxel, mask=m, other=0)
+    counted = m & (b_raw != ignore_index)
+    if HAS_MASK:
+        counted = counted & (tl.load(p_mask + o_voxel, mask=m, other=0) != 0)
+    b_label = b_raw.to(tl.int32)
+    if b_raw.dtype.primitive_bitwidth > 32:
+        b_label = tl.where(b_label.to(tl.int64) == b_raw, b_label, _NO_CLASS)
+    return tl.where(counted, b_label, _NOT_COUNTED), counted
+
+
+@triton.jit
+def _load_logit(p_z, o_z, m, counted):
+    # Replaced, not multiplied by 0: NaN logits in voxels that do not count must not reach the sums.
+    return tl.where(counted, tl.load(p_z + o_z, mask=m, other=0.0).to(tl.float32), 0.0)
+
+
+@triton.jit
+def _own(p_table, b_label, K: tl.constexpr):
+    """The entry of a table of K numbers that belongs to the voxel's label (any one where it has none)."""
+    return tl.load(p_table + tl.minimum(tl.maximum(b_label, 0), K - 1))
+
+
+@triton.jit
+def _image_parts(
+    p_image, z, o_h, o_w, m, D, H, W, s_channel,
+    CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """`plane_parts` of every channel of an image, as one flat tuple of 3 CHANNELS."""
+    parts = ()
+    for c in tl.static_range(CHANNELS):
+        parts += taps.plane_parts(
+            p_image + c * s_channel, z, o_h, o_w, m, D, H, W, tl.cast(H, tl.int64) * W, W, 1, CENTRE, PADDING
+        )
+    return parts
+
+
+@triton.jit
+def _magnitude(
+    before, here, after, z, D, scale_d, scale_h, scale_w,
+    DIMS: tl.constexpr, CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
+):  # fmt: skip
+    """Gradient magnitude of plane z from the parts of three planes (in 2D of the one there is), [BLOCK]."""
+    result = tl.zeros_like(here[0])
+    for c in tl.static_range(CHANNELS):
+        if DIMS == 2:
+            gw, gh = here[3 * c] * scale_w, here[3 * c + 1] * scale_h
+            square = gh * gh + gw * gw
+        else:
+            gd, gh, gw = taps.gradient(
+                before[3 * c], before[3 * c + 1], before[3 * c + 2],
+                here[3 * c], here[3 * c + 1], here[3 * c + 2],
+                after[3 * c], after[3 * c + 1], after[3 * c + 2],
+                z, D, scale_d, scale_h, scale_w, CENTRE, PADDING,
+            )  # fmt: skip
+            square = gd * gd + gh * gh + gw * gw
+        if REDUCTION == "l2":
+            result += square
+        elif REDUCTION == "max":
+            result = tl.maximum(result, square)
+        else:
+            result += tl.sqrt(square)
+    if REDUCTION == "mean":
+        return result * (1.0 / CHANNELS)
+    else:
+        return tl.sqrt(result)
+
+
+@triton.jit
+def _add_moments(moments, b_band, counted, u, g):
+    """Moments of boundary voxels about the lane's first one, which cannot cancel, and sums of far ones."""
+    n, g0, u0, sg, su, sgg, sgu, suu, far_n, far_u = moments
+    on = counted & (b_band == _BOUNDARY)
+    far = counted & (b_band == _FAR)
+    first = on & (n == 0.0)
+    g0 = tl.where(first, g, g0)
+    u0 = tl.where(first, u, u0)
+    dg = tl.where(on, g - g0, 0.0)
+    du = tl.where(on, u - u0, 0.0)
+    return (
+        n + tl.where(on, 1.0, 0.0), g0, u0, sg + dg, su + du, sgg + dg * dg, sgu + dg * du, suu + du * du,
+        far_n + tl.where(far, 1.0, 0.0), far_u + tl.where(far, u, 0.0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_moments(p_out, s_column, moments):
+    """Lanes' moments -> about the program's means (float32) -> raw ones (float64), which programs can add."""
+    n, g0, u0, sg, su, sgg, sgu, suu, far_n, far_u = moments
+    number = tl.sum(n)
+    safe = tl.maximum(number, 1.0)
+    g_mean = tl.sum(n * g0 + sg) / safe
+    u_mean = tl.sum(n * u0 + su) / safe
+    dg = tl.where(n > 0.0, g0 - g_mean, 0.0)
+    du = tl.where(n > 0.0, u0 - u_mean, 0.0)
+    g1 = tl.sum(sg + n * dg).to(tl.float64)
+    u1 = tl.sum(su + n * du).to(tl.float64)
+    gg = tl.sum(sgg + dg * (2.0 * sg + n * dg)).to(tl.float64)
+    gu = tl.sum(sgu + dg * su + du * (sg + n * dg)).to(tl.float64)
+    uu = tl.sum(suu + du * (2.0 * su + n * du)).to(tl.float64)
+    n64, gm, um = number.to(tl.float64), g_mean.to(tl.float64), u_mean.to(tl.float64)
+    tl.store(p_out, n64)
+    tl.store(p_out + s_column, g1 + n64 * gm)
+    tl.store(p_out + 2 * s_column, gg + gm * (2.0 * g1 + n64 * gm))
+    tl.store(p_out + 3 * s_column, u1 + n64 * um)
+    tl.store(p_out + 4 * s_column, gu + gm * u1 + um * (g1 + n64 * gm))
+    tl.store(p_out + 5 * s_column, uu + um * (2.0 * u1 + n64 * um))
+    tl.store(p_out + 6 * s_column, tl.sum(far_n).to(tl.float64))
+    tl.store(p_out + 7 * s_column, tl.sum(far_u).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["voxels", "depth", "march", "D", "H", "W", "ignore_index"])
+def sums_kernel(
+    p_z, p_label, p_mask, p_band, p_image, p_table, p_partial,
+    voxels, plane, depth, march, D, H, W,
+    s_image, s_class, s_voxel, s_channel,
+    ignore_index, prior_sum, lgamma_prior_sum, error_factor, official, scale_d, scale_h, scale_w,
+    K: tl.constexpr, KIND: tl.constexpr, EVIDENCE: tl.constexpr, UNIT_PRIOR: tl.constexpr, BELOW_ONE: tl.constexpr,
+    WEIGHTED: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, DIMS: tl.constexpr,
+    CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of partial sums a program: p_partial is (N, number_of_sums, programs) float64.
+
+    p_table holds prior, lgamma(prior) and class weights, (3, K) float32; it is read unless UNIT_PRIOR and not
+    WEIGHTED. `official` is 1.0 where the true class's prior counts as 1 in KL.
+    """
+    i_program = tl.program_id(0)
+    i_image = tl.program_id(1).to(tl.int64)
+    s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
+    s_channel, voxels = tl.cast(s_channel, tl.int64), tl.cast(voxels, tl.int64)
+    blocks = tl.cdiv(plane, BLOCK)
+    i_block, i_march = i_program % blocks, i_program // blocks
+    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
+    z_first = i_march * march
+    z_end = tl.minimum(z_first + march, depth)
+    p_z += i_image * s_image
+    p_label += i_image * voxels
+    p_mask += i_image * voxels
+    p_band += i_image * voxels
+    p_image += i_image * s_channel * CHANNELS
+    o_logit = o_plane.to(tl.int64) * s_voxel
+
+    zero = tl.zeros([BLOCK], tl.float32)
+    one = zero + 1.0
+    DEFERRED: tl.constexpr = UNIT_PRIOR and not WEIGHTED
+    # Factors between two normalisations of a product: four of up to 2^31 stay below the largest float32.
+    FACTORS: tl.constexpr = 4
+    m_ratio, m_wrong, m_total = one, one, one
+    k_ratio, k_wrong, k_total = zero.to(tl.int32), zero.to(tl.int32), zero.to(tl.int32)
+    acc_n, acc_w, acc_ace, acc_kl, acc_inverse = zero, zero, zero, zero, zero
+    acc_tp, acc_e, acc_y, prior = (), (), (), ()
+    for c in tl.static_range(K):
+        acc_tp += (zero,)
+        acc_e += (zero,)
+        acc_y += (zero,)
+        if UNIT_PRIOR:
+            prior += (1.0,)
+        else:
+            prior += (tl.load(p_table + c),)
+    moments = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    if GRADIENT == 2:
+        m_plane = o_plane < plane
+        o_h, o_w = taps.plane_position(i_block.to(tl.int64) * BLOCK, W, BLOCK)
+        here = _image_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING)
+        before = here
+        if DIMS == 3:
+            before = _image_parts(
+                p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
+            )
+
+    for z in range(z_first, z_end):
+        o_first = tl.cast(z, tl.int64) * plane
+        m = o_plane < tl.minimum(voxels - o_first, plane).to(tl.int32)
+        b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_plane, m, ignore_index, HAS_MASK)
+
+        # 1. Evidence, and over the wrong classes: its sum t, KL's terms, and sum a^2 for `mse`.
+        p_row = p_z + o_first * s_voxel
+        e_y, t, squares, evidences = zero, zero, zero, ()
+        kl = zero - lgamma_prior_sum
+        factor = m_wrong
+        for c in tl.static_range(K):
+            e = special.evidence(_load_logit(p_row + c * s_class, o_logit, m, counted), EVIDENCE)
+            evidences += (e,)
+            is_y = b_label == c
+            own = tl.where(is_y, 1.0, 0.0)
+            wrong = tl.where(is_y, 0.0, 1.0)
+            e_y += own * e
+            t += wrong * e
+            a = e + prior[c]
+            if KIND == "mse":
+                squares += wrong * (a * a)
+            if UNIT_PRIOR:
+                y = a + special.SHIFT
+                kl += wrong * special.kl_term_one_polynomial(special.reciprocal_fast(y))
+                factor *= tl.where(is_y, 1.0, y)
+                if c % FACTORS == FACTORS - 1 or c == K - 1:
+                    if DEFERRED:
+                        m_factor, k_factor = special.split_exponent(tl.where(counted, factor, m_wrong))
+                        m_wrong = m_factor
+                        k_wrong += k_factor
+                        factor = m_factor
+                    else:
+                        kl -= 0.5 * special.ln(factor)
+                        factor = one
+            else:
+                kl += wrong * (special.kl_term(a, prior[c], BELOW_ONE) + tl.load(p_table + K + c))
+
+        # 2. The sums of concentrations.
+        b_y = one
+        if not UNIT_PRIOR:
+            b_y = _own(p_table, b_label, K)
+        a_y = e_y + b_y
+        gap = t + (prior_sum - b_y)  # S - a_y, without cancellation
+        total = a_y + gap
+        inverse = special.reciprocal(total)
+        u = prior_sum * inverse
+
+        # 3. Expected cross-entropy.
+        if KIND == "digamma":
+            if DEFERRED:
+                t_y = special.reciprocal(a_y + special.SHIFT)
+                t_total = special.reciprocal_fast(total + special.SHIFT)
+                ratio = 1.0 + gap * t_y
+                ace = special.digamma_polynomial(t_total) - special.digamma_polynomial(t_y)
+            else:
+                ace = special.digamma_difference(a_y, gap, BELOW_ONE)
+        elif KIND == "log":
+            ratio = gap * special.reciprocal(a_y)
+            if DEFERRED:
+                ratio += 1.0
+                ace = zero
+            else:
+                ace = special.ln1p(ratio)
+        else:
+            q_y = gap * inverse
+            q_square = q_y * q_y + squares * inverse * inverse
+            ace = error_factor * q_square + (2.0 * q_y - q_square) * special.reciprocal(total + 1.0)
+
+        # 4. KL.
+        if UNIT_PRIOR:
+            s_kl = t + prior_sum
+            kl -= special.kl_term_without_log(s_kl, prior_sum)
+            if not DEFERRED:
+                kl -= (0.5 - prior_sum) * special.ln(s_kl + special.SHIFT)
+        else:
+            excess = official * (1.0 - b_y)
+            kl -= special.kl_term(t + (prior_sum + excess), prior_sum, BELOW_ONE)
+            # (1 - b_y) psi(1) - lgamma(1) + lgamma(b_y), and what is linear in 1 - b_y.
+            kl += official * _own(p_table + K, b_label, K) - excess * (1.0 + _EULER_GAMMA)
+        if DEFERRED:
+            if KIND != "mse":
+                m_ratio, k = special.split_exponent(m_ratio * tl.where(counted, ratio, 1.0))
+                k_ratio += k
+            m_total, k = special.split_exponent(m_total * tl.where(counted, s_kl + special.SHIFT, 1.0))
+            k_total += k
+
+        # 5. Running sums.
+        acc_n += tl.where(counted, 1.0, 0.0)
+        if WEIGHTED:
+            weight = tl.where(counted & (b_label >= 0) & (b_label < K), _own(p_table + 2 * K, b_label, K), 0.0)
+            acc_w += weight
+            ace *= weight
+            kl *= weight
+        acc_ace += tl.where(counted, ace, 0.0)
+        acc_kl += tl.where(counted, kl, 0.0)
+        counted_inverse = tl.where(counted, inverse, 0.0)
+        acc_inverse += counted_inverse
+        p_y = a_y * counted_inverse
+        next_tp, next_e, next_y = (), (), ()
+        for c in tl.static_range(K):
+            own = tl.where(b_label == c, 1.0, 0.0)
+            next_tp += (acc_tp[c] + own * p_y,)
+            next_e += (acc_e[c] + evidences[c] * counted_inverse,)
+            next_y += (acc_y[c] + own,)
+        acc_tp, acc_e, acc_y = next_tp, next_e, next_y
+
+        # 6. Supervision.
+        if GRADIENT != 0:
+            b_band = tl.load(p_band + o_first + o_plane, mask=m, other=0)
+            if GRADIENT == 1:
+                on = counted & (b_band == _BOUNDARY)
+                g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
+            else:
+                after = here
+                if DIMS == 3:
+                    after = _image_parts(
+                        p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
+                    )
+                g = _magnitude(
+                    before, here, after, z, D, scale_d, scale_h, scale_w, DIMS, CHANNELS, CENTRE, PADDING, REDUCTION
+                )
+                before, here = here, after
+            moments = _add_moments(moments, b_band, counted, u, g)
+
+    if DEFERRED:
+        steps = tl.maximum(z_end - z_first, 0)
+        products: tl.constexpr = (K + FACTORS - 1) // FACTORS
+        if KIND != "mse":
+            acc_ace += special.ln(m_ratio) + (k_ratio - _BIAS * steps).to(tl.float32) * special.LN_2
+        ln_wrong = special.ln(m_wrong) + (k_wrong - _BIAS * products * steps).to(tl.float32) * special.LN_2
+        ln_total = special.ln(m_total) + (k_total - _BIAS * steps).to(tl.float32) * special.LN_2
+        acc_kl += (prior_sum - 0.5) * ln_total - 0.5 * ln_wrong
+
+    columns: tl.constexpr = 4 + 3 * K + (8 if GRADIENT != 0 else 0)
+    s_column = tl.num_programs(0).to(tl.int64)
+    p_out = p_partial + i_image * columns * s_column + i_program
+    number = tl.sum(acc_n).to(tl.float64)
+    inverse_sum = tl.sum(acc_inverse).to(tl.float64)
+    tl.store(p_out, number)
+    if WEIGHTED:
+        tl.store(p_out + s_column, tl.sum(acc_w).to(tl.float64))
+    else:
+        tl.store(p_out + s_column, number)
+    tl.store(p_out + 2 * s_column, tl.sum(acc_ace).to(tl.float64))
+    tl.store(p_out + 3 * s_column, tl.sum(acc_kl).to(tl.float64))
+    p_out += 4 * s_column
+    for c in tl.static_range(K):
+        tl.store(p_out + c * s_column, tl.sum(acc_tp[c]).to(tl.float64))
+        tl.store(p_out + (K + c) * s_column, tl.sum(acc_e[c]).to(tl.float64) + inverse_sum * prior[c])
+        tl.store(p_out + (2 * K + c) * s_column, tl.sum(acc_y[c]).to(tl.float64))
+    if GRADIENT != 0:
+        _store_moments(p_out + 3 * K * s_column, s_column, moments)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def reduce_kernel(p_partial, p_sums, programs, BLOCK: tl.constexpr):
+    """One sum of one image a program: a row of p_partial (rows, programs), added in a fixed order, float64."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, programs, BLOCK):
+        acc += tl.load(p_partial + i_row * programs + start + o, mask=start + o < programs, other=0.0)
+    tl.store(p_sums + i_row, tl.sum(acc))
+
+
+@triton.jit(do_not_specialize=["voxels", "depth", "march", "D", "H", "W", "ignore_index"])
+def gradient_kernel(
+    p_z, p_label, p_mask, p_band, p_image, p_table, p_coefficients, p_means, p_up, p_dz,
+    voxels, plane, depth, march, D, H, W,
+    s_image, s_class, s_voxel, s_dz_image, s_dz_class, s_dz_voxel, s_channel, s_coefficients,
+    ignore_index, prior_sum, error_factor, official, scale_d, scale_h, scale_w,
+    K: tl.constexpr, KIND: tl.constexpr, EVIDENCE: tl.constexpr, UNIT_PRIOR: tl.constexpr, BELOW_ONE: tl.constexpr,
+    WEIGHTED: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, DIMS: tl.constexpr,
+    CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dL/dz of every voxel, 0 where it does not count. Coefficients are float32 and scaled by *p_up in here."""
+    i_program = tl.program_id(0)
+    i_image = tl.program_id(1).to(tl.int64)
+    s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
+    s_dz_class, s_dz_voxel = tl.cast(s_dz_class, tl.int64), tl.cast(s_dz_voxel, tl.int64)
+    s_channel, voxels = tl.cast(s_channel, tl.int64), tl.cast(voxels, tl.int64)
+    blocks = tl.cdiv(plane, BLOCK)
+    i_block, i_march = i_program % blocks, i_program // blocks
+    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
+    z_first = i_march * march
+    z_end = tl.minimum(z_first + march, depth)
+    p_z += i_image * s_image
+    p_dz += i_image * s_dz_image
+    p_label += i_image * voxels
+    p_mask += i_image * voxels
+    p_band += i_image * voxels
+    p_image += i_image * s_channel * CHANNELS
+    p_coefficients += i_image * s_coefficients
+    o_logit = o_plane.to(tl.int64) * s_voxel
+    o_dz = o_plane.to(tl.int64) * s_dz_voxel
+
+    up = tl.load(p_up).to(tl.float32)
+    c_ace = tl.load(p_coefficients) * up
+    c_kl = tl.load(p_coefficients + 1) * up
+    c_p, prior, c_p_prior = (), (), 0.0
+    for c in tl.static_range(K):
+        c_p += (tl.load(p_coefficients + 2 + K + c) * up,)
+        if UNIT_PRIOR:
+            prior += (1.0,)
+        else:
+            prior += (tl.load(p_table + c),)
+        c_p_prior += c_p[c] * prior[c]
+    if GRADIENT != 0:
+        c_g = tl.load(p_coefficients + 2 + 2 * K) * up
+        c_u = tl.load(p_coefficients + 3 + 2 * K) * up
+        c_far = tl.load(p_coefficients + 4 + 2 * K) * up
+        g_mean = tl.load(p_means + 2 * i_image)
+        u_mean = tl.load(p_means + 2 * i_image + 1)
+    if GRADIENT == 2:
+        m_plane = o_plane < plane
+        o_h, o_w = taps.plane_position(i_block.to(tl.int64) * BLOCK, W, BLOCK)
+        here = _image_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING)
+        before = here
+        if DIMS == 3:
+            before = _image_parts(
+                p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
+            )
+
+    for z in range(z_first, z_end):
+        o_first = tl.cast(z, tl.int64) * plane
+        m = o_plane < tl.minimum(voxels - o_first, plane).to(tl.int32)
+        b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_plane, m, ignore_index, HAS_MASK)
+        w_ace, w_kl = c_ace, c_kl
+        if WEIGHTED:
+            weight = tl.where(counted & (b_label >= 0) & (b_label < K), _own(p_table + 2 * K, b_label, K), 0.0)
+            w_ace, w_kl = c_ace * weight, c_kl * weight
+
+        # 1. What belongs to one class alone: the slope of its KL term or of psi(a_y), and that of the evidence.
+        p_row = p_z + o_first * s_voxel
+        e_y = tl.zeros([BLOCK], tl.float32)
+        t, squares = e_y, e_y
+        dp_a = e_y + c_p_prior
+        slopes, own_da, concentrations = (), (), ()
+        for c in tl.static_range(K):
+            logit = _load_logit(p_row + c * s_class, o_logit, m, counted)
+            e = special.evidence(logit, EVIDENCE)
+            slopes += (special.evidence_slope(logit, e, EVIDENCE),)
+            is_y = b_label == c
+            e_y = tl.where(is_y, e, e_y)
+            t = tl.where(is_y, t, t + e)
+            dp_a += c_p[c] * e
+            a = e + prior[c]
+            da = w_kl * special.kl_term_slope(a, prior[c], BELOW_ONE)
+            if KIND == "digamma":
+                da = tl.where(is_y, -w_ace * special.trigamma(a, BELOW_ONE), da)
+            else:
+                da = tl.where(is_y, 0.0, da)
+            own_da += (da,)
+            if KIND == "mse":
+                squares = tl.where(is_y, squares, squares + a * a)
+                concentrations += (a,)
+
+        # 2. What all classes share, and what the true or the wrong ones do.
+        b_y = tl.full([BLOCK], 1.0, tl.float32)
+        if not UNIT_PRIOR:
+            b_y = _own(p_table, b_label, K)
+        a_y = e_y + b_y
+        gap = t + (prior_sum - b_y)
+        total = a_y + gap
+        inverse = special.reciprocal(total)
+        c_tp = _own(p_coefficients + 2, b_label, K) * up
+        da_all = -(dp_a + c_tp * a_y) * (inverse * inverse)
+        da_own = c_tp * inverse
+        da_wrong = -w_kl * special.kl_term_slope(t + (prior_sum + official * (1.0 - b_y)), prior_sum, BELOW_ONE)
+        if KIND == "digamma":
+            da_all += w_ace * special.trigamma(total, BELOW_ONE)
+        elif KIND == "log":
+            da_all += w_ace * inverse
+            da_own -= w_ace * special.reciprocal(a_y)
+        else:
+            # dq = derivative by p_k: 2 F (q or -q) - 2 p_k / (S + 1).
+            next_inverse = special.reciprocal(total + 1.0)
+            q_y, p_y, wrong_square = gap * inverse, a_y * inverse, squares * inverse * inverse
+            variance = 2.0 * q_y - (q_y * q_y + wrong_square)
+            dq_y = -2.0 * (error_factor * q_y + p_y * next_inverse)
+            dq_wrong = 2.0 * (error_factor - next_inverse)
+            mean_dq = p_y * dq_y + wrong_square * dq_wrong
+            da_all -= w_ace * (mean_dq * inverse + variance * next_inverse * next_inverse)
+            da_own += w_ace * dq_y * inverse
+            mse_slope = w_ace * dq_wrong * inverse * inverse
+        if GRADIENT != 0:
+            b_band = tl.load(p_band + o_first + o_plane, mask=m, other=0)
+            on = counted & (b_band == _BOUNDARY)
+            if GRADIENT == 1:
+                g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
+            else:
+                after = here
+                if DIMS == 3:
+                    after = _image_parts(
+                        p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
+                    )
+                g = _magnitude(
+                    before, here, after, z, D, scale_d, scale_h, scale_w, DIMS, CHANNELS, CENTRE, PADDING, REDUCTION
+                )
+                before, here = here, after
+            u = prior_sum * inverse
+            du = tl.where(on, c_g * (g - g_mean) + c_u * (u - u_mean), tl.where(b_band == _FAR, c_far, 0.0))
+            da_all -= du * u * inverse
+        da_own += da_all
+        da_wrong += da_all
+
+        # 3. Through the evidence, every element written.
+        p_row_out = p_dz + o_first * s_dz_voxel
+        for c in tl.static_range(K):
+            is_y = b_label == c
+            da = own_da[c] + c_p[c] * inverse + tl.where(is_y, da_own, da_wrong)
+            if KIND == "mse":
+                da += tl.where(is_y, 0.0, mse_slope * concentrations[c])
+            dz = tl.where(counted, slopes[c] * da, 0.0)
+            tl.store(p_row_out + c * s_dz_class + o_dz, dz.to(p_dz.dtype.element_ty), mask=m)
+
+
+# Images with more channels are filtered beforehand: the parts of each take registers.
+MARCHED_CHANNELS = 4
+# Steps of a program on large volumes, and how many programs keep a GPU busy.
+_STEPS, _ENOUGH_PROGRAMS = 32, 2048
+_REDUCE_BLOCK = 1024
+NUM_WARPS = 4
+
+
+class Supervision(NamedTuple):
+    """What the supervised loss reads besides: `image` is the gradient magnitude already where `cached`."""
+
+    band: Tensor
+    image: Tensor
+    operator: str
+    spacing: tuple[float, ...]
+    padding_mode: str
+    channel_reduction: str
+    cached: bool
+
+
+def block_size(k: int) -> int:
+    """Voxels of a program at a time: two a thread, one where many classes fill the registers."""
+    return 256 if k <= 8 else 128
+
+
+def gradient_format(logits: Tensor) -> torch.memory_format:
+    """Memory format of dL/dz: channels-last where the logits are, contiguous otherwise."""
+    channels_last = torch.channels_last if logits.ndim == 4 else torch.channels_last_3d
+    if logits.is_contiguous(memory_format=channels_last) and not logits.is_contiguous():
+        return channels_last
+    return torch.contiguous_format
+
+
+@functools.lru_cache(maxsize=64)
+def _table(formula: Formula, device: torch.device) -> Tensor:
+    """Prior, lgamma(prior) and class weights, (3, K) float32, kept on the device from call to call."""
+    rows = (formula.prior, [math.lgamma(b) for b in formula.prior], formula.class_weight or [1.0] * formula.k)
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+class _Launch:
+    """The arguments that both sweeps share, and their grid."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        ignore_index: int,
+        formula: Formula,
+        supervision: Supervision | None,
+    ) -> None:
+        n, k, *spatial = logits.shape
+        # A view where the spatial axes are evenly spaced, else a contiguous copy.
+        z = flat(logits)
+        voxels = z.shape[2]
+        block = block_size(k)
+        unit_prior = set(formula.prior) == {1.0}
+        gradient, dims, channels, image, band = NO_GRADIENT, len(spatial), 1, z, z
+        scales, centre, padding, reduction = (0.0, 0.0, 0.0), 0.0, "replicate", "l2"
+        depth, height, width = (1, *spatial) if dims == 2 else spatial
+        plane, planes = block, cdiv(voxels, block)
+        march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
+        if supervision is not None:
+            band, image = supervision.band.contiguous(), supervision.image.contiguous()
+            gradient = CACHED if supervision.cached else FILTERED
+            if gradient == FILTERED and image.shape[1] > MARCHED_CHANNELS:
+                image = gradient_magnitude.forward(
+                    image,
+                    supervision.operator,
+                    supervision.spacing,
+                    supervision.padding_mode,
+                    supervision.channel_reduction,
+                    0.0,
+                )
+                gradient = CACHED
+        if gradient == FILTERED and supervision is not None:
+            channels = image.shape[1]
+            padding, reduction = supervision.padding_mode, supervision.channel_reduction
+            scales = axis_scales(supervision.operator, supervision.spacing)
+            centre = centre_tap(supervision.operator)
+            plane, planes = height * width, depth
+            march = march_length(n * voxels, depth)
+        self.formula = formula
+        self.table = z if unit_prior and not formula.class_weight else _table(formula, logits.device)
+        self.grid = (cdiv(plane, block) * cdiv(planes, march), n)
+        self.inputs = (
+            z,
+            target.contiguous(),
+            z if mask is None else mask.contiguous().view(torch.uint8),
+            band,
+            image,
+            self.table,
+        )
+        self.sizes = (voxels, plane, planes, march, depth, height, width)
+        self.strides = z.stride()
+        self.channel_stride = voxels
+        self.ignore_index = ignore_index
+        self.scalars = (float(formula.k if formula.official else 1), float(formula.official), *scales)
+        self.options = {
+            "K": k,
+            "KIND": formula.kind,
+            "EVIDENCE": formula.evidence,
+            "UNIT_PRIOR": unit_prior,
+            "BELOW_ONE": formula.below_one,
+            "WEIGHTED": bool(formula.class_weight),
+            "HAS_MASK": mask is not None,
+            "GRADIENT": gradient,
+            "DIMS": dims,
+            "CHANNELS": channels,
+            "CENTRE": centre,
+            "PADDING": padding,
+            "REDUCTION": reduction,
+            "BLOCK": block,
+            "num_warps": NUM_WARPS,
+        }
+
+
+def sums(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
+    formula: Formula,
+    supervision: Supervision | None = None,
+) -> Tensor:
+    """Sums of each image, (N, number_of_sums) float64. `target` and `mask` are (N, *spatial)."""
+    launch = _Launch(logits, target, mask, ignore_index, formula, supervision)
+    n = logits.shape[0]
+    columns = number_of_sums(formula.k, supervision is not None)
+    programs = launch.grid[0]
+    partial = torch.empty((n, columns, programs), dtype=torch.float64, device=logits.device)
+    result = torch.empty((n, columns), dtype=torch.float64, device=logits.device)
+    prior_sum = math.fsum(formula.prior)
+    with torch.cuda.device_of(logits):
+        sums_kernel[launch.grid](
+            *launch.inputs, partial, *launch.sizes, *launch.strides, launch.channel_stride,
+            ignore_index, prior_sum, math.lgamma(prior_sum), *launch.scalars, **launch.options,
+        )  # fmt: skip
+        reduce_kernel[(n * columns,)](partial, result, programs, BLOCK=_REDUCE_BLOCK, num_warps=NUM_WARPS)
+    return result
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
+    coefficients: Tensor,
+    means: Tensor | None,
+    upstream: Tensor,
+    formula: Formula,
+    supervision: Supervision | None = None,
+) -> Tensor:
+    """dL/dz in the logits' dtype and `gradient_format`.
+
+    `coefficients` is (N, number_of_coefficients) float32, its rows any stride apart; `upstream` the 0-d gradient of
+    the loss, which multiplies them on the device; `means` (N, 2) float32 where supervised.
+    """
+    launch = _Launch(logits, target, mask, ignore_index, formula, supervision)
+    result = torch.empty_like(logits, memory_format=gradient_format(logits))
+    out = flat(result)
+    with torch.cuda.device_of(logits):
+        gradient_kernel[launch.grid](
+            *launch.inputs, coefficients, coefficients if means is None else means, upstream, out,
+            *launch.sizes, *launch.strides, *out.stride(), launch.channel_stride, coefficients.stride(0),
+            ignore_index, math.fsum(formula.prior), *launch.scalars, **launch.options,
+        )  # fmt: skip
+    return result
