@@ -126,7 +126,7 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
         yield f"lr: expected a positive number, got {c.lr}"
     if c.clip is not None and c.clip <= 0:
         yield f"clip: expected a positive number or none, got {c.clip}"
-    for name in ("annealing_steps", "good_model_step", "validate_every"):
+    for name in ("annealing_steps", "good_model_step", "validate_every", "seed"):
         if (getattr(c, name) or 0) < 0:
             yield f"{name}: expected 0 or more, got {getattr(c, name)}"
     if c.loss == "sure" and c.supervised_from >= c.epochs:

@@ -55,10 +55,12 @@ def demo(out: Path, *, progress: bool = True, settings: TrainConfig = SETTINGS, 
     write_text(out / MARKER, "made by `sure demo`; replaced by the next one\n")
     data = write_phantoms(out / "phantoms", cases=cases, shape=SHAPE)
     evaluations, summary = [], {}
+    pictures: int | list[str] = 3
     for name, loss in RUNS.items():
         run = train(data, out / "runs" / name, replace(settings, loss=loss), device="cpu", progress=progress)
         folder = out / "evaluations" / name
-        result = evaluate(run, data, folder, progress=progress)
+        result = evaluate(run, data, folder, pictures=pictures, progress=progress)
+        pictures = list(result["pictures"]["overlays"])  # the same cases for both
         evaluations.append(folder)
         summary[name] = {"cases": [row["name"] for row in result["cases"]], "summary": result["summary"]}
     write_text(out / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")

@@ -122,8 +122,7 @@ def _group_channels(files: Sequence[Path], channels: int) -> list[Case]:
 def _check_images(cases: Sequence[Case], run: Run, progress: bool) -> list[Fault]:
     """Everything that reading all files brings up."""
     dataset = Dataset(Path(), "files", tuple(cases), None, channels=run.in_channels)
-    _, faults = check_dataset(dataset, num_classes=run.num_classes, progress=progress)
-    faults = [fault for fault in faults if fault.problem != "image without label"]
+    _, faults = check_dataset(dataset, num_classes=run.num_classes, labelled=False, progress=progress)
     if run.config.spatial_dims == 3:
         unreadable = {fault.file for fault in faults}
         faults += [

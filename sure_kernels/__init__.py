@@ -1,6 +1,6 @@
 """Losses and uncertainty maps for evidential 3D segmentation, with their gradients in closed form."""
 
-from sure_kernels import reference
+from sure_kernels import metrics, reference
 from sure_kernels.backends import (
     BackendUnavailableError,
     backend,
@@ -40,6 +40,7 @@ __all__ = [
     "evidential_loss",
     "get_backend",
     "gradient_magnitude",
+    "metrics",
     "reference",
     "set_backend",
     "supervised_evidential_loss",

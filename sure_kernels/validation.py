@@ -78,12 +78,17 @@ def check_same_device(tensor: Tensor, name: str, other: Tensor, other_name: str)
         raise ValueError(f"{name}: expected device {other.device} like {other_name}, got {tensor.device}")
 
 
-def check_target(target: object, logits: Tensor, ignore_index: int, mask: Tensor | None = None) -> Tensor:
-    """The index map (N, *spatial) of `target`; (N, 1, *spatial) is squeezed, one-hot is reduced once."""
+def check_target(
+    target: object, logits: Tensor, ignore_index: int, mask: Tensor | None = None, *, owner: str = "logits"
+) -> Tensor:
+    """The index map (N, *spatial) of `target`; (N, 1, *spatial) is squeezed, one-hot is reduced once.
+
+    `owner` names the argument that `logits` is.
+    """
     tensor = plain_tensor(target, "target")
     n, k, *spatial = logits.shape
     index_shape = (n, *spatial)
-    check_same_device(tensor, "target", logits, "logits")
+    check_same_device(tensor, "target", logits, owner)
     if shape_of(tensor) == shape_of(logits):
         if values_checked(tensor):
             total = tensor.sum(1, dtype=torch.float64) if tensor.is_floating_point() else tensor.sum(1)
@@ -100,7 +105,7 @@ def check_target(target: object, logits: Tensor, ignore_index: int, mask: Tensor
         tensor = tensor.squeeze(1)
     if shape_of(tensor) != index_shape:
         raise ValueError(
-            f"target: expected integer labels of shape {index_shape} to match logits {shape_of(logits)}, "
+            f"target: expected integer labels of shape {index_shape} to match {owner} {shape_of(logits)}, "
             f"got {shape_of(tensor)}"
         )
     tensor = torch_integer(tensor)

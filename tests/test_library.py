@@ -37,6 +37,7 @@ def test_public_surface():
         "evidential_loss",
         "get_backend",
         "gradient_magnitude",
+        "metrics",
         "reference",
         "set_backend",
         "supervised_evidential_loss",

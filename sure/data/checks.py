@@ -29,7 +29,7 @@ class _Seen:
 
 
 def check_dataset(
-    dataset: Dataset, *, num_classes: int | None = None, progress: bool = False
+    dataset: Dataset, *, num_classes: int | None = None, labelled: bool = True, progress: bool = False
 ) -> tuple[int, list[Fault]]:
     """Read every file completely and list everything that training could trip over.
 
@@ -37,6 +37,7 @@ def check_dataset(
         dataset: what `discover` found; its `problems` are part of the result.
         num_classes: number of classes K, background included. By default as many as the layout declares, else
             as many as the labels hold, counted up to the first value that no file has.
+        labelled: whether a case without a label is a fault.
         progress: show a progress bar on stderr.
 
     Returns `(K, faults)`, the faults sorted by case. Raises UserError where the labels
@@ -45,7 +46,7 @@ def check_dataset(
     faults, seen = list(dataset.problems), {}
     for case in tqdm(dataset.cases, desc="checking", unit="case", disable=not progress):
         found = _Seen()
-        faults += _check_case(case, dataset, found)
+        faults += _check_case(case, dataset, found, labelled)
         seen[case] = found
     faults += _check_agreement(dataset, seen)
 
@@ -68,7 +69,7 @@ def format_faults(faults: Collection[Fault]) -> str:
     return "\n".join(f"{a:<{case}}  {b:<{problem}}  {c}" for a, b, c in rows)
 
 
-def _check_case(case: Case, dataset: Dataset, seen: _Seen) -> Iterator[Fault]:
+def _check_case(case: Case, dataset: Dataset, seen: _Seen, labelled: bool) -> Iterator[Fault]:
     grid: tuple[tuple[int, ...], NDArray[np.float64]] | None = None
     declared = dataset.channels if len(case.images) == 1 else None
     for path in case.images:
@@ -93,7 +94,8 @@ def _check_case(case: Case, dataset: Dataset, seen: _Seen) -> Iterator[Fault]:
     if seen.channels is not None and len(case.images) > 1 and seen.channels < len(case.images):
         seen.channels = None  # an unreadable channel has its fault already
     if case.label is None:
-        yield Fault(case.name, case.images[0], "image without label")
+        if labelled:
+            yield Fault(case.name, case.images[0], "image without label")
         return
     try:
         array, affine, _ = read_nifti(case.label)

@@ -141,7 +141,7 @@ def _checked(
         raise ValueError(f"probability: expected values in [0, 1], got {low:.3g} to {high:.3g}")
     n, _, *spatial = probability.shape
     valid = check_mask(mask, n, spatial, probability)
-    labels = check_target(target, probability, ignore_index, valid)
+    labels = check_target(target, probability, ignore_index, valid, owner="probability")
     counts = labels != ignore_index
     if valid is not None:
         counts = counts & valid

@@ -1,0 +1,140 @@
+"""The command line: exit statuses, messages, and the whole way from phantoms to a report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from sure.cli import COMMANDS, main
+from sure.config import TrainConfig
+from sure.data import write_phantoms
+from sure.demo import MARKER, SETTINGS, demo
+from sure.errors import UserError
+
+TINY = ["--patch-size", "16", "--channels", "4", "8", "--folds", "2", "--epochs", "2", "--no-progress"]
+
+
+def test_help_is_quick_and_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in COMMANDS:
+        assert name in out
+    code = "import sys, sure.cli; sys.exit(int('torch' in sys.modules or 'monai' in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tarin"], "expected one of demo, phantom, train"),
+        (["train", "nowhere", "--out", "x"], "nowhere"),
+        (["train", ".", "--out", "x", "--config", "none.yaml"], "none.yaml: cannot be read as YAML"),
+        (["train", ".", "--out", "x", "--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["train", ".", "--out", "x", "--device", "gpu7"], "device: 'gpu7' cannot be used"),
+        (["evaluate", "nowhere", ".", "--out", "x"], "nowhere: not a run folder"),
+        (["predict", "nowhere", "a.nii.gz", "--out", "x"], "nowhere: not a run folder"),
+        (["report", "nowhere"], "nowhere"),
+        (["phantom", "x", "--shape", "4", "4", "4"], "shape"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_message(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sure: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_flags_end_with_status_2():
+    with pytest.raises(SystemExit) as stop:
+        main(["train", ".", "--out", "x", "--epoch", "3"])
+    assert stop.value.code == 2
+
+
+def test_an_empty_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    assert main(["train", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 2
+    assert "data" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_whole_way(tmp_path, capsys):
+    data, run, out = (str(tmp_path / name) for name in ("data", "run", "out"))
+    assert main(["phantom", data, "--cases", "4", "--shape", "24", "20", "16"]) == 0
+    assert main(["train", data, "--out", run, "--loss", "sure", *TINY]) == 0
+    assert main(["evaluate", run, data, "--out", f"{out}/eval", "--pictures", "1", "--no-progress"]) == 0
+    assert main(["report", f"{out}/eval", "--out", f"{out}/report.html"]) == 0
+    images = sorted((tmp_path / "data" / "imagesTr").glob("*.nii.gz"))
+    assert main(["predict", run, str(images[0]), "--out", f"{out}/pred", "--no-progress"]) == 0
+    capsys.readouterr()
+    name = images[0].name.removesuffix(".nii.gz")
+    image = nib.load(images[0])
+    for ending in ("seg", "unc"):
+        got = nib.load(tmp_path / "out" / "pred" / f"{name}_{ending}.nii.gz")
+        assert got.shape == image.shape
+        np.testing.assert_array_equal(got.affine, image.affine)
+        np.testing.assert_allclose(got.header.get_zooms(), image.header.get_zooms())
+    uncertainty = got.get_fdata()
+    assert uncertainty.min() > 0
+    assert uncertainty.max() <= 1
+    report = json.loads((tmp_path / "out" / "eval" / "metrics.json").read_text())
+    trained = json.loads((tmp_path / "run" / "run.json").read_text())["train"]
+    assert not {case["name"] for case in report["cases"]} & set(trained)
+
+
+def test_settings_from_yaml_and_flags(tmp_path):
+    data = write_phantoms(tmp_path / "data", cases=4, shape=(20, 20, 16))
+    (tmp_path / "c.yaml").write_text("loss: edl\nepochs: 5\nchannels: [4, 8]\npatch_size: 16\nfolds: 2\n")
+    run = tmp_path / "run"
+    args = ["train", str(data), "--out", str(run), "--config", str(tmp_path / "c.yaml")]
+    assert main([*args, "--epochs", "1", "--no-progress"]) == 0
+    from sure.config import load_config
+
+    expected = TrainConfig(loss="edl", epochs=1, channels=(4, 8), patch_size=(16,), folds=2)
+    assert load_config(run / "config.yaml") == expected
+
+
+def test_demo(tmp_path):
+    settings = replace(SETTINGS, epochs=2, channels=(4, 8), patch_size=(16,), folds=2)
+    out = tmp_path / "demo"
+    report = demo(out, progress=False, settings=settings, cases=4)
+    assert report == out / "report.html"
+    page = report.read_text()
+    assert "EDL" in page
+    assert "SURE" in page
+    assert 'src="http' not in page
+    metrics = json.loads((out / "metrics.json").read_text())
+    for name in ("EDL", "SURE"):
+        trained = json.loads((out / "runs" / name / "run.json").read_text())["train"]
+        assert metrics[name]["cases"]
+        assert not set(metrics[name]["cases"]) & set(trained)
+        assert metrics[name]["summary"]["dice"]["n"] == len(metrics[name]["cases"])
+    (out / MARKER).unlink()
+    with pytest.raises(UserError, match="taken by something other than a demo"):
+        demo(out, progress=False, settings=settings, cases=4)
+    assert report.exists()
+
+
+def test_real_data_is_sound(hippocampus: Path):
+    from sure.data import check_dataset, discover
+
+    dataset = discover(hippocampus)
+    assert len(dataset.cases) == 100
+    assert check_dataset(dataset) == (3, [])

@@ -1,0 +1,343 @@
+"""Training: what it writes, that it resumes to the bit, that a kill leaves nothing torn, that faults stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from sure.checkpoint import atomic, checkpoint_path, load_run, read_checkpoint
+from sure.config import TrainConfig, from_dict, load_config, to_dict
+from sure.data import write_phantoms
+from sure.errors import UserError
+from sure.models import build_model
+from sure.objective import build_objective
+from sure.train import train
+
+TINY = TrainConfig(
+    patch_size=(16,), channels=(4, 8), folds=3, epochs=4, batch_size=2, dropout=0.1, validate_every=2, lr=1e-2
+)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("data") / "phantoms", cases=6, shape=(24, 20, 16))
+
+
+def weights(run: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    return read_checkpoint(checkpoint_path(run, name))["model"]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.fixture(scope="module")
+def finished(phantoms, tmp_path_factory) -> Path:
+    return train(phantoms, tmp_path_factory.mktemp("runs") / "run", TINY, device="cpu", progress=False)
+
+
+def test_a_run_folder(finished):
+    names = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
+    assert {
+        "config.yaml",
+        "run.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints/latest.pt",
+        "checkpoints/best.pt",
+        "checkpoints/final.pt",
+    } <= names
+    assert any(name.startswith("tensorboard/") for name in names)
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert load_config(finished / "config.yaml") == TINY
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1, 2, 3]
+    assert {"loss", "ace", "kl", "dice", "gradient", "far", "lr"} <= set(records[0])
+    assert "mean dice" in records[1]
+    assert "mean dice" not in records[2]
+    # Supervision begins after 30 % of the epochs.
+    assert records[1]["far"] == 0
+    assert records[2]["far"] > 0
+    run = load_run(finished)
+    assert run.num_classes == 4
+    assert run.epoch == 4
+    assert len(run.held_out) == 2
+    assert not run.model.training
+
+
+def test_the_loss_goes_down(phantoms, tmp_path):
+    config = replace(TINY, loss="edl", epochs=12, validate_every=0, dropout=0.0, annealing_steps=0)
+    run = train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("loss", ["sure", "edl", "dice_ce"])
+def test_resuming_gives_the_same_weights(phantoms, tmp_path, monkeypatch, loss):
+    config = replace(TINY, loss=loss, accumulate=2)
+    whole = train(phantoms, tmp_path / "whole", config, device="cpu", progress=False)
+    interrupted = tmp_path / "interrupted"
+    calls = 0
+
+    class Interrupt(BaseException):
+        pass
+
+    from sure import train as module
+
+    class Board(module.SummaryWriter):
+        def add_scalar(self, tag, value, step, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if step == 2:  # after the metrics of epoch 2, before its checkpoint
+                raise Interrupt
+            return super().add_scalar(tag, value, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SummaryWriter", Board)
+        with pytest.raises(Interrupt):
+            train(phantoms, interrupted, config, device="cpu", progress=False)
+    assert calls
+    assert not checkpoint_path(interrupted, "final").exists()
+    torch.randn(7)  # the global stream's state must not matter
+    train(phantoms, interrupted, config, resume=True, device="cpu", progress=False)
+    for name in ("final", "best", "latest"):
+        assert_same(weights(interrupted, name), weights(whole, name))
+    drop = ("seconds",)
+    records = [
+        [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (r / "metrics.jsonl").open()]
+        for r in (interrupted, whole)
+    ]
+    assert records[0] == records[1]
+    # Resuming a finished run changes nothing.
+    train(phantoms, interrupted, config, resume=True, device="cpu", progress=False)
+    assert_same(weights(interrupted), weights(whole))
+
+
+def test_killed_at_any_moment(phantoms, finished, tmp_path):
+    """SIGKILL at arbitrary times, resumed until done: every checkpoint met on the way loads, the end is the same."""
+    run = tmp_path / "run"
+    flags = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in to_dict(TINY).items()
+        if key in ("folds", "epochs", "batch_size", "dropout", "validate_every", "lr")
+    ]
+    command = [
+        *(sys.executable, "-m", "sure", "train", str(phantoms), "--out", str(run), "--resume", "--no-progress"),
+        *(*flags, "--patch-size", "16", "--channels", "4", "8", "--device", "cpu"),
+    ]
+    kills = 0
+    for extra in (0.0, 0.3, 0.6, None):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if extra is None:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()
+            break
+        seen = checkpoint_path(run, "latest").stat().st_mtime_ns if checkpoint_path(run, "latest").exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            path = checkpoint_path(run, "latest")
+            if path.exists() and path.stat().st_mtime_ns != seen:
+                break
+            time.sleep(0.01)
+        time.sleep(extra)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        process.stderr.close()
+        for name in ("latest", "best", "final"):
+            if checkpoint_path(run, name).exists():
+                assert "model" in read_checkpoint(checkpoint_path(run, name))
+    assert kills
+    assert_same(weights(run), weights(finished))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def attempt() -> None:
+        with atomic(target) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        attempt()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_taken_and_foreign_folders_are_left_alone(phantoms, finished, tmp_path):
+    with pytest.raises(UserError, match="is not empty; --resume"):
+        train(phantoms, finished, TINY, device="cpu", progress=False)
+    with pytest.raises(UserError, match=r"cannot resume another run: lr was 0\.01, is 0\.5"):
+        train(phantoms, finished, replace(TINY, lr=0.5), resume=True, device="cpu", progress=False)
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.tex").write_text("text")
+    with pytest.raises(UserError, match=r"not a run folder.*chapter1\.tex"):
+        train(phantoms, foreign, TINY, resume=True, device="cpu", progress=False)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="expected a folder, found a file"):
+        train(phantoms, file, TINY, device="cpu", progress=False)
+
+
+def damaged(phantoms: Path, tmp_path: Path) -> Path:
+    """The phantoms with a truncated image, NaN voxels and a label off its grid."""
+    import shutil
+
+    root = Path(shutil.copytree(phantoms, tmp_path / "damaged"))
+    images = sorted((root / "imagesTr").glob("*.nii.gz"))
+    images[0].write_bytes(images[0].read_bytes()[:2000])
+    image = nib.load(images[1])
+    values = image.get_fdata().astype(np.float32)
+    values[3, 4, 5] = np.nan
+    nib.save(nib.Nifti1Image(values, image.affine), images[1])
+    label = root / "labelsTr" / images[2].name
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(label).dataobj)[:-1], nib.load(label).affine), label)
+    return root
+
+
+def test_faulty_data_stops_before_anything_is_written(phantoms, tmp_path):
+    root = damaged(phantoms, tmp_path)
+    out = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        train(root, out, TINY, device="cpu", progress=False)
+    names = sorted(p.name for p in (root / "imagesTr").glob("*.nii.gz"))
+    for name in names[:3]:
+        assert name in str(error.value)
+    assert names[3] not in str(error.value)
+    assert "3 faults" in str(error.value)
+    assert not out.exists()
+    run = train(root, out, replace(TINY, epochs=2), skip_bad=True, device="cpu", progress=False)
+    experiment = json.loads((run / "run.json").read_text())
+    assert len(experiment["train"]) + len(experiment["held_out"]) == 3
+
+
+def test_warm_start(phantoms, finished, tmp_path):
+    config = replace(TINY, epochs=2, lr=1e-12, warm_start=checkpoint_path(finished, "final"))
+    run = train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
+    for key, value in weights(run).items():
+        torch.testing.assert_close(value, weights(finished)[key], atol=1e-6, rtol=0)
+    other = replace(config, channels=(4, 16))
+    with pytest.raises(UserError, match=r"final\.pt: weights do not fit"):
+        train(phantoms, tmp_path / "other", other, device="cpu", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_checkpoints_execute_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/boom",))
+
+    path = tmp_path / "bomb.pt"
+    torch.save({"model": Bomb()}, path)
+    with pytest.raises(UserError, match=r"bomb\.pt: not a checkpoint that can be loaded safely"):
+        read_checkpoint(path)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        read_checkpoint(path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch):
+    from sure import train as module
+
+    real = module.build_objective
+
+    def poisoned(config):
+        objective = real(config)
+        inner = objective.forward
+
+        def forward(logits, label, image):
+            loss, terms = inner(logits, label, image)
+            return loss * float("nan"), terms
+
+        objective.forward = forward
+        return objective
+
+    monkeypatch.setattr(module, "build_objective", poisoned)
+    with pytest.raises(UserError, match="loss is nan in epoch 0, batch 0"):
+        train(phantoms, tmp_path / "run", TINY, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("model", ["unet", "attention_unet", "segresnet", "dynunet"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_networks(model, dims):
+    config = TrainConfig(spatial_dims=dims, model=model, channels=(8, 16), patch_size=(16,))
+    logits = build_model(config, 2, 3)(torch.randn((2, 2, *(16,) * dims)))
+    assert logits.shape == (2, 3, *(16,) * dims)
+
+
+@pytest.mark.parametrize("loss", ["sure", "edl", "dice_ce"])
+def test_objectives_leave_padding_out(loss):
+    objective = build_objective(TrainConfig(loss=loss, epochs=10))
+    objective.set_epoch(9)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, 3, 8, 8, 8), generator=g, requires_grad=True)
+    label = torch.zeros((2, 1, 8, 8, 8), dtype=torch.uint8)
+    label[..., 4:] = 1
+    label[..., 2:6, :2, :] = 255
+    value, terms = objective(logits, label, torch.randn((2, 1, 8, 8, 8), generator=g))
+    value.backward()
+    padding = (label == 255).expand_as(logits)
+    assert bool((logits.grad[padding] == 0).all())
+    assert bool((logits.grad[~padding] != 0).any())
+    assert all(not t.requires_grad for t in terms.values())
+
+
+def test_2d_training(phantoms, tmp_path):
+    config = replace(TINY, spatial_dims=2, epochs=2, validate_every=1)
+    run = train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
+    assert load_run(run).config.spatial_dims == 2
+
+
+def test_half_precision_training(phantoms, tmp_path):
+    run = train(phantoms, tmp_path / "run", replace(TINY, epochs=2, amp="bf16"), device="cpu", progress=False)
+    assert load_run(run, checkpoint="latest").epoch == 2
+
+
+class TestConfig:
+    def test_round_trip(self, tmp_path):
+        import yaml
+
+        config = replace(TINY, prior=(0.5, 1.0), warm_start=Path("x.pt"), clip=None)
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
+        assert load_config(tmp_path / "c.yaml") == config
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"epoch": 3}, "unknown keys epoch"),
+            ({"epochs": "many"}, "epochs: expected int, got 'many'"),
+            ({"epochs": True}, "epochs: expected int"),
+            ({"loss": "ce"}, "loss: expected one of sure, edl, dice_ce, got 'ce'"),
+            ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+            ({"fold": 5}, "fold: expected 0 <= fold < folds"),
+            ({"patch_size": [30]}, "patch_size: expected multiples of 4"),
+            ({"patch_size": [16, 16]}, "patch_size: expected 1 or 3 numbers"),
+            ({"prior": [0.0]}, "prior: expected entries of at least"),
+            ({"good_model_step": 100}, "good_model_step: expected less than epochs"),
+            ({"near": 0.5}, "boundary, near, far"),
+            ({"seed": -1}, "seed: expected 0 or more"),
+            ({"model": "segresnet", "channels": [8, 24]}, "channels: segresnet expects"),
+        ],
+    )
+    def test_mistakes_are_named(self, values, message):
+        with pytest.raises(UserError, match=message):
+            from_dict(values)
