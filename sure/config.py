@@ -138,6 +138,8 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
         yield f"patch_size: expected multiples of {step} for {len(c.channels)} resolution levels, got {c.patch_size}"
     if c.model == "attention_unet" and c.norm == "instance":
         yield "norm: attention_unet has batch normalisation alone, got instance"
+    if c.model == "dynunet" and len(c.channels) < 3:
+        yield f"channels: dynunet has at least 3 resolution levels, got {c.channels}"
     if c.model == "segresnet":
         doubled = tuple(c.channels[0] * 2**i for i in range(len(c.channels)))
         if c.channels != doubled or c.channels[0] % 8:

@@ -246,7 +246,7 @@ class _Trainer:
             loss, terms = self.objective(logits, label, image)
             if not bool(torch.isfinite(loss)):
                 raise UserError(
-                    f"loss is {float(loss)} in epoch {epoch}, batch {index}; the last good checkpoint is "
+                    f"loss is {float(loss.detach())} in epoch {epoch}, batch {index}; the last good checkpoint is "
                     f"{checkpoint_path(self.out, 'latest')}. A lower --lr or --clip often helps."
                 )
             # The last group of an epoch may be smaller.

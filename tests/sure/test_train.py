@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch
 @pytest.mark.parametrize("model", ["unet", "attention_unet", "segresnet", "dynunet"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_networks(model, dims):
-    config = TrainConfig(spatial_dims=dims, model=model, channels=(8, 16), patch_size=(16,))
+    config = TrainConfig(spatial_dims=dims, model=model, channels=(8, 16, 32), patch_size=(16,))
     logits = build_model(config, 2, 3)(torch.randn((2, 2, *(16,) * dims)))
     assert logits.shape == (2, 3, *(16,) * dims)
 
@@ -336,6 +336,7 @@ class TestConfig:
             ({"near": 0.5}, "boundary, near, far"),
             ({"seed": -1}, "seed: expected 0 or more"),
             ({"model": "segresnet", "channels": [8, 24]}, "channels: segresnet expects"),
+            ({"model": "dynunet", "channels": [8, 16]}, "channels: dynunet has at least 3"),
         ],
     )
     def test_mistakes_are_named(self, values, message):
