@@ -1,0 +1,1 @@
+"""Time and memory of the losses against what a user would pick instead."""
