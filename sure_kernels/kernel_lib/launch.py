@@ -6,6 +6,7 @@ same bits everywhere.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sure_kernels.kernel_lib.taps import SMOOTHING
@@ -46,3 +47,11 @@ def axis_scales(operator: str, spacing: tuple[float, ...]) -> tuple[float, float
     scales = [0.5 * smoothed / step for step in spacing]
     d, h, w = [0.0] * (3 - len(scales)) + scales
     return d, h, w
+
+
+def gradient_format(logits: Tensor) -> torch.memory_format:
+    """Memory format of a gradient: channels-last where `logits` are, contiguous otherwise."""
+    channels_last = torch.channels_last if logits.ndim == 4 else torch.channels_last_3d
+    if logits.is_contiguous(memory_format=channels_last) and not logits.is_contiguous():
+        return channels_last
+    return torch.contiguous_format

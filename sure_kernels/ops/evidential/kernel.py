@@ -1,4 +1,4 @@
-"""The two sweeps of `closed_form` in Triton: sums of an image, then dL/dz, with or without supervision.
+"""The two sweeps of `closed_form` in Triton: sums of an image, then dL/dz, with or without source.
 
 Per voxel with label y, e = act(z), a = e + b, S = sum a, B = sum b, t = sum of e over the wrong classes:
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,8 +35,9 @@ from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib import device_taps as taps
 from sure_kernels.kernel_lib import labels
 from sure_kernels.kernel_lib.chunks import flat
-from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, march_length
-from sure_kernels.ops.evidential.closed_form import Formula, number_of_sums
+from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, gradient_format, march_length
+from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients, number_of_sums
+from sure_kernels.ops.evidential.reference import SMOOTH_TARGET, SOFT_DICE_EPS, TVERSKY_EPS
 from sure_kernels.ops.gradient_magnitude import kernel as gradient_magnitude
 
 # GRADIENT: where the magnitude of the image's gradient comes from.
@@ -49,6 +50,9 @@ _NOT_COUNTED = tl.constexpr(-1)
 _NO_CLASS = tl.constexpr(-2)
 _BIAS = tl.constexpr(127)
 _EULER_GAMMA = tl.constexpr(0.5772156649015329)
+_SMOOTH_TARGET = tl.constexpr(SMOOTH_TARGET)
+_TVERSKY_EPS = tl.constexpr(TVERSKY_EPS)
+_SOFT_DICE_EPS = tl.constexpr(SOFT_DICE_EPS)
 
 
 @triton.jit
@@ -180,13 +184,13 @@ def sums_kernel(
     p_table holds prior, lgamma(prior) and class weights, (3, K) float32; it is read unless UNIT_PRIOR and not
     WEIGHTED. `official` is 1.0 where the true class's prior counts as 1 in KL.
     """
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(0).to(tl.int64)
     i_image = tl.program_id(1).to(tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     s_channel, voxels = tl.cast(s_channel, tl.int64), tl.cast(voxels, tl.int64)
     blocks = tl.cdiv(plane, BLOCK)
     i_block, i_march = i_program % blocks, i_program // blocks
-    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
+    o_plane = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK], within the plane
     z_first = i_march * march
     z_end = tl.minimum(z_first + march, depth)
     p_z += i_image * s_image
@@ -216,7 +220,7 @@ def sums_kernel(
     moments = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     if GRADIENT == 2:
         m_plane = o_plane < plane
-        o_h, o_w = taps.plane_position(i_block.to(tl.int64) * BLOCK, W, BLOCK)
+        o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
         here = _image_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING)
         before = here
         if DIMS == 3:
@@ -389,6 +393,114 @@ def reduce_kernel(p_partial, p_sums, programs, BLOCK: tl.constexpr):
     tl.store(p_sums + i_row, tl.sum(acc))
 
 
+@triton.jit
+def _dice(tp, p, present, number, ADAPTIVE: tl.constexpr):
+    """D_k, dD_k/dTP_k and dD_k/dP_k of the sums of a class, float64."""
+    if ADAPTIVE:
+        tp += _SMOOTH_TARGET * p
+        fp = p - tp
+        fn = present + _SMOOTH_TARGET * number - tp
+        total = fp + fn + _TVERSKY_EPS
+        ratio = fp / total
+        balance = tl.where(ratio < 0.2, 0.2, tl.where(ratio > 0.8, 0.8, ratio))
+        inside = tl.where((ratio >= 0.2) & (ratio <= 0.8), 1.0, 0.0)
+        denominator = tp + balance * fp + (1.0 - balance) * fn + _TVERSKY_EPS
+        d = tp / denominator
+        # Through TP (which lowers FP and FN alike) and through P (which raises FP).
+        balance_tp = inside * (fp - fn - _TVERSKY_EPS) / (total * total)
+        balance_p = inside * (fn + _TVERSKY_EPS) / (total * total)
+        d_tp = (1.0 - d * balance_tp * (fp - fn)) / denominator
+        d_p = -d * (balance_p * (fp - fn) + balance) / denominator
+        return d, d_tp, d_p + _SMOOTH_TARGET * d_tp
+    else:
+        denominator = p + present + _SOFT_DICE_EPS
+        d = (2.0 * tp + _SOFT_DICE_EPS) / denominator
+        return d, 2.0 / denominator, -d / denominator
+
+
+@triton.jit
+def sum_column(p_sums, images, s_row, ROWS: tl.constexpr):
+    """Sum of a column over the images."""
+    acc = tl.zeros([ROWS], tl.float64)
+    for start in range(0, images, ROWS):
+        o_row = start + tl.arange(0, ROWS)
+        acc += tl.load(p_sums + o_row.to(tl.int64) * s_row, mask=o_row < images, other=0.0)
+    return tl.sum(acc)
+
+
+@triton.jit
+def _sum_classes(p_sums, images, s_row, K: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr):
+    """Sums of K columns over the images, [CLASSES]."""
+    o_class = tl.arange(0, CLASSES)
+    acc = tl.zeros([CLASSES], tl.float64)
+    for start in range(0, images, ROWS):
+        o_row = start + tl.arange(0, ROWS)
+        m = (o_row < images)[:, None] & (o_class < K)[None, :]
+        tile = tl.load(p_sums + o_row.to(tl.int64)[:, None] * s_row + o_class[None, :], mask=m, other=0.0)
+        acc += tl.sum(tile, 0)
+    return acc
+
+
+@triton.jit
+def finalised(
+    p_sums, p_table, images, w_ace, w_kl, w_dice, K: tl.constexpr, COLUMNS: tl.constexpr, ADAPTIVE: tl.constexpr,
+    BACKGROUND: tl.constexpr, WEIGHTED: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """(ACE, KL, Dice loss, coefficients of ACE and KL, of TP_k and P_k [CLASSES]) of all images, float64."""
+    o_class = tl.arange(0, CLASSES)  # [CLASSES]
+    number = sum_column(p_sums, images, COLUMNS, ROWS)
+    weight_sum = sum_column(p_sums + 1, images, COLUMNS, ROWS)
+    scale = tl.where(weight_sum > 0.0, 1.0 / tl.where(weight_sum > 0.0, weight_sum, 1.0), 0.0)
+    ace = sum_column(p_sums + 2, images, COLUMNS, ROWS) * scale
+    kl = sum_column(p_sums + 3, images, COLUMNS, ROWS) * scale
+
+    tp = _sum_classes(p_sums + 4, images, COLUMNS, K, CLASSES, ROWS)
+    p = _sum_classes(p_sums + 4 + K, images, COLUMNS, K, CLASSES, ROWS)
+    present = _sum_classes(p_sums + 4 + 2 * K, images, COLUMNS, K, CLASSES, ROWS)
+    d, d_tp, d_p = _dice(tp, p, present, number, ADAPTIVE)
+    m_share = o_class < K
+    if not BACKGROUND:
+        m_share = m_share & (o_class > 0)
+    share = tl.where(m_share, 1.0, 0.0).to(tl.float64)
+    if WEIGHTED:
+        share *= tl.load(p_table + 2 * K + o_class, mask=m_share, other=0.0).to(tl.float64)
+    share_sum = tl.sum(share)
+    share = tl.where((number > 0.0) & (share_sum > 0.0), share / tl.where(share_sum > 0.0, share_sum, 1.0), 0.0)
+    dice = tl.sum(share * (1.0 - d))
+    return ace, kl, dice, w_ace * scale, w_kl * scale, -w_dice * share * d_tp, -w_dice * share * d_p
+
+
+@triton.jit
+def store_coefficients(p_row, c_ace, c_kl, c_tp, c_p, K: tl.constexpr, CLASSES: tl.constexpr):
+    o_class = tl.arange(0, CLASSES)
+    tl.store(p_row, c_ace.to(tl.float32))
+    tl.store(p_row + 1, c_kl.to(tl.float32))
+    tl.store(p_row + 2 + o_class, c_tp.to(tl.float32), mask=o_class < K)
+    tl.store(p_row + 2 + K + o_class, c_p.to(tl.float32), mask=o_class < K)
+
+
+@triton.jit(do_not_specialize=["images"])
+def finalise_kernel(
+    p_sums, p_table, p_loss, p_terms, p_coefficients,
+    images,
+    w_ace, w_kl, w_dice,
+    K: tl.constexpr, ADAPTIVE: tl.constexpr, BACKGROUND: tl.constexpr, WEIGHTED: tl.constexpr,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Loss, terms (3,) and one row of coefficients from the sums (images, 4 + 3 K): `closed_form.finalise`.
+
+    One program, float64 inside, float32 out: at small sizes launches cost more than the sweeps.
+    """
+    ace, kl, dice, c_ace, c_kl, c_tp, c_p = finalised(
+        p_sums, p_table, images, w_ace, w_kl, w_dice, K, 4 + 3 * K, ADAPTIVE, BACKGROUND, WEIGHTED, CLASSES, ROWS
+    )
+    tl.store(p_loss, (w_ace * ace + w_kl * kl + w_dice * dice).to(tl.float32))
+    tl.store(p_terms, ace.to(tl.float32))
+    tl.store(p_terms + 1, kl.to(tl.float32))
+    tl.store(p_terms + 2, dice.to(tl.float32))
+    store_coefficients(p_coefficients, c_ace, c_kl, c_tp, c_p, K, CLASSES)
+
+
 @triton.jit(do_not_specialize=["voxels", "depth", "march", "D", "H", "W", "ignore_index"])
 def gradient_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_coefficients, p_means, p_up, p_dz,
@@ -401,14 +513,14 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of every voxel, 0 where it does not count. Coefficients are float32 and scaled by *p_up in here."""
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(0).to(tl.int64)
     i_image = tl.program_id(1).to(tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     s_dz_class, s_dz_voxel = tl.cast(s_dz_class, tl.int64), tl.cast(s_dz_voxel, tl.int64)
     s_channel, voxels = tl.cast(s_channel, tl.int64), tl.cast(voxels, tl.int64)
     blocks = tl.cdiv(plane, BLOCK)
     i_block, i_march = i_program % blocks, i_program // blocks
-    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
+    o_plane = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK], within the plane
     z_first = i_march * march
     z_end = tl.minimum(z_first + march, depth)
     p_z += i_image * s_image
@@ -440,7 +552,7 @@ def gradient_kernel(
         u_mean = tl.load(p_means + 2 * i_image + 1)
     if GRADIENT == 2:
         m_plane = o_plane < plane
-        o_h, o_w = taps.plane_position(i_block.to(tl.int64) * BLOCK, W, BLOCK)
+        o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
         here = _image_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING)
         before = here
         if DIMS == 3:
@@ -547,10 +659,11 @@ MARCHED_CHANNELS = 4
 # Steps of a program on large volumes, and how many programs keep a GPU busy.
 _STEPS, _ENOUGH_PROGRAMS = 32, 2048
 _REDUCE_BLOCK = 1024
+_FINALISE_ROWS, _FINALISE_WARPS = 16, 1
 NUM_WARPS = 4
 
 
-class Supervision(NamedTuple):
+class Source(NamedTuple):
     """What the supervised loss reads besides: `image` is the gradient magnitude already where `cached`."""
 
     band: Tensor
@@ -567,16 +680,8 @@ def block_size(k: int) -> int:
     return 256 if k <= 8 else 128
 
 
-def gradient_format(logits: Tensor) -> torch.memory_format:
-    """Memory format of dL/dz: channels-last where the logits are, contiguous otherwise."""
-    channels_last = torch.channels_last if logits.ndim == 4 else torch.channels_last_3d
-    if logits.is_contiguous(memory_format=channels_last) and not logits.is_contiguous():
-        return channels_last
-    return torch.contiguous_format
-
-
 @functools.lru_cache(maxsize=64)
-def _table(formula: Formula, device: torch.device) -> Tensor:
+def table(formula: Formula, device: torch.device) -> Tensor:
     """Prior, lgamma(prior) and class weights, (3, K) float32, kept on the device from call to call."""
     rows = (formula.prior, [math.lgamma(b) for b in formula.prior], formula.class_weight or [1.0] * formula.k)
     return torch.tensor(rows, dtype=torch.float32, device=device)
@@ -592,7 +697,7 @@ class _Launch:
         mask: Tensor | None,
         ignore_index: int,
         formula: Formula,
-        supervision: Supervision | None,
+        source: Source | None,
     ) -> None:
         n, k, *spatial = logits.shape
         # A view where the spatial axes are evenly spaced, else a contiguous copy.
@@ -605,28 +710,28 @@ class _Launch:
         depth, height, width = (1, *spatial) if dims == 2 else spatial
         plane, planes = block, cdiv(voxels, block)
         march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
-        if supervision is not None:
-            band, image = supervision.band.contiguous(), supervision.image.contiguous()
-            gradient = CACHED if supervision.cached else FILTERED
+        if source is not None:
+            band, image = source.band.contiguous(), source.image.contiguous()
+            gradient = CACHED if source.cached else FILTERED
             if gradient == FILTERED and image.shape[1] > MARCHED_CHANNELS:
                 image = gradient_magnitude.forward(
                     image,
-                    supervision.operator,
-                    supervision.spacing,
-                    supervision.padding_mode,
-                    supervision.channel_reduction,
+                    source.operator,
+                    source.spacing,
+                    source.padding_mode,
+                    source.channel_reduction,
                     0.0,
                 )
                 gradient = CACHED
-        if gradient == FILTERED and supervision is not None:
+        if gradient == FILTERED and source is not None:
             channels = image.shape[1]
-            padding, reduction = supervision.padding_mode, supervision.channel_reduction
-            scales = axis_scales(supervision.operator, supervision.spacing)
-            centre = centre_tap(supervision.operator)
+            padding, reduction = source.padding_mode, source.channel_reduction
+            scales = axis_scales(source.operator, source.spacing)
+            centre = centre_tap(source.operator)
             plane, planes = height * width, depth
             march = march_length(n * voxels, depth)
         self.formula = formula
-        self.table = z if unit_prior and not formula.class_weight else _table(formula, logits.device)
+        self.table = table(formula, logits.device)
         self.grid = (cdiv(plane, block) * cdiv(planes, march), n)
         self.inputs = (
             z,
@@ -666,12 +771,12 @@ def sums(
     mask: Tensor | None,
     ignore_index: int,
     formula: Formula,
-    supervision: Supervision | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     """Sums of each image, (N, number_of_sums) float64. `target` and `mask` are (N, *spatial)."""
-    launch = _Launch(logits, target, mask, ignore_index, formula, supervision)
+    launch = _Launch(logits, target, mask, ignore_index, formula, source)
     n = logits.shape[0]
-    columns = number_of_sums(formula.k, supervision is not None)
+    columns = number_of_sums(formula.k, source is not None)
     programs = launch.grid[0]
     partial = torch.empty((n, columns, programs), dtype=torch.float64, device=logits.device)
     result = torch.empty((n, columns), dtype=torch.float64, device=logits.device)
@@ -694,20 +799,58 @@ def gradient(
     means: Tensor | None,
     upstream: Tensor,
     formula: Formula,
-    supervision: Supervision | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     """dL/dz in the logits' dtype and `gradient_format`.
 
-    `coefficients` is (N, number_of_coefficients) float32, its rows any stride apart; `upstream` the 0-d gradient of
+    `coefficients` is (N, number_of_coefficients) float32, or one row for all images; `upstream` the 0-d gradient of
     the loss, which multiplies them on the device; `means` (N, 2) float32 where supervised.
     """
-    launch = _Launch(logits, target, mask, ignore_index, formula, supervision)
+    launch = _Launch(logits, target, mask, ignore_index, formula, source)
     result = torch.empty_like(logits, memory_format=gradient_format(logits))
     out = flat(result)
     with torch.cuda.device_of(logits):
         gradient_kernel[launch.grid](
             *launch.inputs, coefficients, coefficients if means is None else means, upstream, out,
-            *launch.sizes, *launch.strides, *out.stride(), launch.channel_stride, coefficients.stride(0),
+            *launch.sizes, *launch.strides, *out.stride(), launch.channel_stride,
+            coefficients.stride(0) if len(coefficients) > 1 else 0,
             ignore_index, math.fsum(formula.prior), *launch.scalars, **launch.options,
         )  # fmt: skip
     return result
+
+
+class Finalised(NamedTuple):
+    """Loss (), terms (3,) and the row of coefficients (1, number_of_coefficients), float32."""
+
+    loss: Tensor
+    terms: Tensor
+    coefficients: Tensor
+
+
+def finalise_options(formula: Formula, weights: Weights) -> dict[str, Any]:
+    """The compile-time arguments of the kernels that finalise."""
+    return {
+        "K": formula.k,
+        "ADAPTIVE": weights.dice_form == "adaptive_tversky",
+        "BACKGROUND": weights.include_background,
+        "WEIGHTED": bool(formula.class_weight),
+        "CLASSES": triton.next_power_of_2(formula.k),
+        "ROWS": _FINALISE_ROWS,
+        "num_warps": _FINALISE_WARPS,
+    }
+
+
+def finalise(sums: Tensor, formula: Formula, weights: Weights) -> Finalised:
+    """`closed_form.finalise` in one launch, for the sums (N, number_of_sums) of one process."""
+    device = sums.device
+    out = Finalised(
+        torch.empty((), dtype=torch.float32, device=device),
+        torch.empty(3, dtype=torch.float32, device=device),
+        torch.empty((1, number_of_coefficients(formula.k, supervised=False)), dtype=torch.float32, device=device),
+    )
+    with torch.cuda.device_of(sums):
+        finalise_kernel[(1,)](
+            sums, table(formula, device), *out, len(sums),
+            weights.ace, weights.kl, weights.dice, **finalise_options(formula, weights),
+        )  # fmt: skip
+    return out

@@ -1,4 +1,8 @@
-"""Custom ops, their fakes and the autograd Function of `evidential_loss`."""
+"""Custom ops, their fakes and the autograd Function of `evidential_loss`.
+
+`labels` is what a backend reads beside the logits: the target itself, with `mask`, for the Triton kernels; for the
+closed form one packed code a voxel, which holds target and mask.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.distributed import all_reduced, world_size
 from sure_kernels.kernel_lib.labels import pack_labels
+from sure_kernels.kernel_lib.launch import gradient_format
 from sure_kernels.ops.evidential import closed_form
 from sure_kernels.ops.evidential.closed_form import Formula, Weights
 
@@ -20,6 +25,8 @@ from sure_kernels.ops.evidential.closed_form import Formula, Weights
 def evidential_sums(
     logits: Tensor,
     labels: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
     kind: str,
     evidence: str,
     prior: Sequence[float],
@@ -28,20 +35,55 @@ def evidential_sums(
     backend: str,
 ) -> Tensor:
     formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
+    if backend == "triton":
+        from sure_kernels.ops.evidential import kernel
+
+        return kernel.sums(logits, labels, mask, ignore_index, formula)
     return closed_form.sums(logits, labels, formula)
 
 
 @evidential_sums.register_fake
-def _(logits, labels, kind, evidence, prior, class_weight, official, backend):
+def _(logits, *options):
     columns = closed_form.number_of_sums(logits.shape[1], supervised=False)
     return logits.new_empty((logits.shape[0], columns), dtype=torch.float64)
+
+
+@torch.library.custom_op("sure_kernels::evidential_finalise", mutates_args=())
+def evidential_finalise(
+    sums: Tensor,
+    ace_weight: float,
+    kl_weight: float,
+    dice_weight: float,
+    dice_form: str,
+    include_background: bool,
+    kind: str,
+    evidence: str,
+    prior: Sequence[float],
+    class_weight: Sequence[float],
+    official: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, terms and the row of coefficients in one launch: for the Triton kernels of one process."""
+    from sure_kernels.ops.evidential import kernel
+
+    formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
+    weights = Weights(ace_weight, kl_weight, dice_weight, dice_form, include_background)
+    return tuple(kernel.finalise(sums, formula, weights))
+
+
+@evidential_finalise.register_fake
+def _(sums, ace_weight, kl_weight, dice_weight, dice_form, include_background, kind, evidence, prior, *options):
+    row = (1, closed_form.number_of_coefficients(len(prior), supervised=False))
+    return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), row))
 
 
 @torch.library.custom_op("sure_kernels::evidential_gradient", mutates_args=())
 def evidential_gradient(
     logits: Tensor,
     labels: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
     coefficients: Tensor,
+    upstream: Tensor,
     kind: str,
     evidence: str,
     prior: Sequence[float],
@@ -50,16 +92,22 @@ def evidential_gradient(
     backend: str,
 ) -> Tensor:
     formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
-    return closed_form.gradient(logits, labels, coefficients, formula)
+    if backend == "triton":
+        from sure_kernels.ops.evidential import kernel
+
+        return kernel.gradient(logits, labels, mask, ignore_index, coefficients, None, upstream, formula)
+    rows = (coefficients * upstream).expand(logits.shape[0], -1)
+    return closed_form.gradient(logits, labels, rows, formula)
 
 
 @evidential_gradient.register_fake
-def _(logits, labels, coefficients, kind, evidence, prior, class_weight, official, backend):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _(logits, *options):
+    layout = gradient_format(logits) if options[-1] == "triton" else torch.contiguous_format
+    return torch.empty_like(logits, memory_format=layout)
 
 
 class EvidentialLossFunction(torch.autograd.Function):
-    """Keeps the logits, one small integer a voxel and a handful of coefficients.
+    """Keeps the logits, the labels (see the module's docstring) and a handful of coefficients.
 
     Returns the loss and, without gradient, the terms (ACE, KL, Dice loss) as one tensor of shape (3,).
     """
@@ -76,23 +124,28 @@ class EvidentialLossFunction(torch.autograd.Function):
         process_group: Any | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        labels = pack_labels(target, mask, None, formula.k, ignore_index)
-        sums = evidential_sums(logits, labels, *formula, backend)
-        loss, terms, coefficients = closed_form.finalise(
-            all_reduced(sums.sum(0), process_group), formula, weights
-        )
-        coefficients = coefficients * world_size(process_group)
-        ctx.save_for_backward(logits, labels, coefficients)
-        ctx.formula, ctx.backend = formula, backend
-        dtype = working_dtype(logits.dtype)
-        terms = terms.to(dtype)
+        labels = target
+        if backend != "triton":
+            labels, mask = pack_labels(target, mask, None, formula.k, ignore_index), None
+        sums = evidential_sums(logits, labels, mask, ignore_index, *formula, backend)
+        if backend == "triton" and process_group is None:
+            loss, terms, coefficients = evidential_finalise(sums, *weights, *formula)
+        else:
+            dtype = working_dtype(logits.dtype)
+            base = closed_form.finalise(all_reduced(sums.sum(0), process_group), formula, weights)
+            loss, terms = base.loss.to(dtype), base.terms.to(dtype)
+            coefficients = (base.coefficients * world_size(process_group)).unsqueeze(0)
+            if backend == "triton":
+                coefficients = coefficients.float()
+        ctx.save_for_backward(logits, labels, mask, coefficients)
+        ctx.options = ignore_index, formula, backend
         ctx.mark_non_differentiable(terms)
-        return loss.to(dtype), terms
+        return loss, terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, coefficients = ctx.saved_tensors
-        rows = (coefficients * grad).expand(logits.shape[0], -1)
-        dz = evidential_gradient(logits, labels, rows, *ctx.formula, ctx.backend)
+        logits, labels, mask, coefficients = ctx.saved_tensors
+        ignore_index, formula, backend = ctx.options
+        dz = evidential_gradient(logits, labels, mask, ignore_index, coefficients, grad, *formula, backend)
         return dz, *(None,) * 7

@@ -1,0 +1,127 @@
+"""Launchers of the supervised loss, whose sweeps are those of `evidential.kernel`, and what follows from its sums.
+
+C = relu(Cov(u, g) / std(g)) over the boundary voxels of an image (divided by std(u) as well for `correlation`),
+averaged over the images; F = the mean of u over voxels far from every boundary. With n boundary voxels in an image
+and N images, where C > 0:
+
+    dL/du_i = weight (g_i - mean g) / (N n std g)                                   covariance
+    dL/du_i = the same / std u - weight C (u_i - mean u) / (N n var u)              correlation
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sure_kernels.ops.evidential import kernel as evidential
+from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients
+from sure_kernels.ops.supervised.closed_form import Supervision
+from sure_kernels.ops.supervised.reference import FLAT
+
+_FLAT_SQUARE = tl.constexpr(FLAT**2)
+
+
+@triton.jit
+def _variance(square_mean, mean):
+    """The variance (1 where there is none to rounding) and whether there is any."""
+    variance = square_mean - mean * mean
+    some = variance > _FLAT_SQUARE * square_mean
+    return tl.where(some, variance, 1.0), some
+
+
+@triton.jit
+def _covariance(p_moments, m, sign, CORRELATION: tl.constexpr):
+    """(C, factor of g - mean g, 1 / n, var u, mean g, mean u) of each image, [ROWS]; the first two 0 where inactive."""
+    n = tl.load(p_moments, mask=m, other=0.0)
+    share = 1.0 / tl.maximum(n, 1.0)
+    g_mean = tl.load(p_moments + 1, mask=m, other=0.0) * share
+    u_mean = tl.load(p_moments + 3, mask=m, other=0.0) * share
+    g_var, g_some = _variance(tl.load(p_moments + 2, mask=m, other=0.0) * share, g_mean)
+    u_var, u_some = _variance(tl.load(p_moments + 5, mask=m, other=0.0) * share, u_mean)
+    usable = (n >= 2.0) & g_some
+    scale = sign / tl.sqrt(g_var)
+    if CORRELATION:
+        usable = usable & u_some
+        scale = scale / tl.sqrt(u_var)
+    value = (tl.load(p_moments + 4, mask=m, other=0.0) * share - g_mean * u_mean) * scale
+    active = usable & (value > 0.0)
+    return tl.where(active, value, 0.0), tl.where(active, scale * share, 0.0), share, u_var, g_mean, u_mean
+
+
+@triton.jit(do_not_specialize=["images"])
+def finalise_kernel(
+    p_sums, p_table, p_loss, p_terms, p_coefficients, p_means,
+    images,
+    w_ace, w_kl, w_dice, w_gradient, w_far, sign,
+    K: tl.constexpr, ADAPTIVE: tl.constexpr, BACKGROUND: tl.constexpr, WEIGHTED: tl.constexpr,
+    CORRELATION: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Loss, terms (5,), coefficients and means of each image from its sums: both ops' `finalise` in one launch."""
+    COLUMNS: tl.constexpr = 12 + 3 * K
+    COEFFICIENTS: tl.constexpr = 5 + 2 * K
+    ace, kl, dice, c_ace, c_kl, c_tp, c_p = evidential.finalised(
+        p_sums, p_table, images, w_ace, w_kl, w_dice, K, COLUMNS, ADAPTIVE, BACKGROUND, WEIGHTED, CLASSES, ROWS
+    )
+    p_moments = p_sums + 4 + 3 * K
+    far_n = tl.maximum(evidential.sum_column(p_moments + 6, images, COLUMNS, ROWS), 1.0)
+    far = evidential.sum_column(p_moments + 7, images, COLUMNS, ROWS) / far_n
+    c_far = (w_far / far_n).to(tl.float32)
+    acc = tl.zeros([ROWS], tl.float64)
+    for start in range(0, images, ROWS):
+        o_row = start + tl.arange(0, ROWS)  # [ROWS]
+        m = o_row < images
+        o_row = o_row.to(tl.int64)
+        value, factor, share, u_var, g_mean, u_mean = _covariance(p_moments + o_row * COLUMNS, m, sign, CORRELATION)
+        acc += value
+        c_u = tl.zeros_like(value)
+        if CORRELATION:
+            c_u -= w_gradient * value * share / (images * u_var)
+        p_row = p_coefficients + o_row * COEFFICIENTS + 2 + 2 * K
+        tl.store(p_row, (w_gradient * factor / images).to(tl.float32), mask=m)
+        tl.store(p_row + 1, c_u.to(tl.float32), mask=m)
+        tl.store(p_row + 2, tl.zeros([ROWS], tl.float32) + c_far, mask=m)
+        tl.store(p_means + 2 * o_row, g_mean.to(tl.float32), mask=m)
+        tl.store(p_means + 2 * o_row + 1, u_mean.to(tl.float32), mask=m)
+    for i in range(0, images):
+        p_row = p_coefficients + tl.cast(i, tl.int64) * COEFFICIENTS
+        evidential.store_coefficients(p_row, c_ace, c_kl, c_tp, c_p, K, CLASSES)
+    c = tl.sum(acc) / images
+    loss = w_ace * ace + w_kl * kl + w_dice * dice + w_gradient * c + w_far * far
+    tl.store(p_loss, loss.to(tl.float32))
+    tl.store(p_terms, ace.to(tl.float32))
+    tl.store(p_terms + 1, kl.to(tl.float32))
+    tl.store(p_terms + 2, dice.to(tl.float32))
+    tl.store(p_terms + 3, c.to(tl.float32))
+    tl.store(p_terms + 4, far.to(tl.float32))
+
+
+class Finalised(NamedTuple):
+    """Loss (), terms (5,), coefficients (N, number_of_coefficients) and (mean g, mean u) (N, 2), float32."""
+
+    loss: Tensor
+    terms: Tensor
+    coefficients: Tensor
+    means: Tensor
+
+
+def finalise(sums: Tensor, formula: Formula, weights: Weights, supervision: Supervision) -> Finalised:
+    """`finalise` of both closed forms in one launch, for the sums (N, number_of_sums) of one process."""
+    n, device = len(sums), sums.device
+    out = Finalised(
+        torch.empty((), dtype=torch.float32, device=device),
+        torch.empty(5, dtype=torch.float32, device=device),
+        torch.empty((n, number_of_coefficients(formula.k, supervised=True)), dtype=torch.float32, device=device),
+        torch.empty((n, 2), dtype=torch.float32, device=device),
+    )
+    with torch.cuda.device_of(sums):
+        finalise_kernel[(1,)](
+            sums, evidential.table(formula, device), *out, n,
+            weights.ace, weights.kl, weights.dice, supervision.gradient_weight, supervision.far_weight,
+            1.0 if supervision.relation == "decreasing" else -1.0,
+            CORRELATION=supervision.form == "correlation", **evidential.finalise_options(formula, weights),
+        )  # fmt: skip
+    return out
