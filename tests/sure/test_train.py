@@ -301,6 +301,14 @@ def test_objectives_leave_padding_out(loss):
     assert all(not t.requires_grad for t in terms.values())
 
 
+def test_training_runs_the_fused_op(phantoms, tmp_path):
+    config = replace(TINY, epochs=2, validate_every=0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
+    names = {event.key for event in profile.key_averages()}
+    assert {"sure_kernels::supervised_sums", "sure_kernels::supervised_gradient"} <= names
+
+
 def test_2d_training(phantoms, tmp_path):
     config = replace(TINY, spatial_dims=2, epochs=2, validate_every=1)
     run = train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
