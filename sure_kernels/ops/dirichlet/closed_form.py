@@ -51,7 +51,7 @@ def forward(logits: Tensor, evidence: str, prior: tuple[float, ...], measures: t
 def backward(
     grads: list[Tensor], logits: Tensor, evidence: str, prior: tuple[float, ...], measures: tuple[str, ...]
 ) -> Tensor:
-    """Gradient of sum_m <grads_m, measure_m> with respect to the logits, in their dtype; `grads` goes with `measures`."""
+    """Gradient of sum_m <grads_m, measure_m> with respect to the logits, in their dtype."""
     k = logits.shape[1]
     dtype = working_dtype(logits.dtype)
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)

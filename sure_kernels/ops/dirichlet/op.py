@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
+from sure_kernels.kernel_lib.launch import gradient_format
 from sure_kernels.ops.dirichlet import closed_form
+
+
+def _implementation(backend: str) -> ModuleType:
+    """The module that computes; the kernel's is imported only here, since triton may be absent."""
+    if backend == "triton":
+        from sure_kernels.ops.dirichlet import kernel
+
+        return kernel
+    return closed_form
 
 
 @torch.library.custom_op("sure_kernels::dirichlet_uncertainty", mutates_args=())
@@ -18,7 +29,7 @@ def dirichlet_forward(
     logits: Tensor, evidence: str, prior: Sequence[float], measures: str, backend: str
 ) -> list[Tensor]:
     """`measures` is comma-separated: schemas have no list of strings."""
-    return closed_form.forward(logits, evidence, tuple(prior), tuple(measures.split(",")))
+    return _implementation(backend).forward(logits, evidence, tuple(prior), tuple(measures.split(",")))
 
 
 @dirichlet_forward.register_fake
@@ -32,14 +43,20 @@ def _(logits, evidence, prior, measures, backend):
 
 @torch.library.custom_op("sure_kernels::dirichlet_uncertainty_backward", mutates_args=())
 def dirichlet_backward(
-    grads: Sequence[Tensor], logits: Tensor, evidence: str, prior: Sequence[float], measures: str, backend: str
+    grads: Sequence[Tensor],
+    logits: Tensor,
+    evidence: str,
+    prior: Sequence[float],
+    measures: str,
+    backend: str,
 ) -> Tensor:
-    return closed_form.backward(list(grads), logits, evidence, tuple(prior), tuple(measures.split(",")))
+    return _implementation(backend).backward(list(grads), logits, evidence, tuple(prior), tuple(measures.split(",")))
 
 
 @dirichlet_backward.register_fake
 def _(grads, logits, evidence, prior, measures, backend):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    layout = gradient_format(logits) if backend == "triton" else torch.contiguous_format
+    return torch.empty_like(logits, memory_format=layout)
 
 
 class DirichletUncertaintyFunction(torch.autograd.Function):

@@ -21,7 +21,7 @@ arithmetic to save 24 bytes. The scratch is 12 bytes a voxel and channel (8 in 2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ from sure_kernels.kernel_lib.device_taps import (
 from sure_kernels.kernel_lib.launch import as_volume, axis_scales, cdiv, centre_tap, march_length
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 
-BLOCK = 256
+# Voxels of a plane that one program handles: two a thread where registers allow it.
+BLOCK_ONE_CHANNEL, BLOCK_CHANNELS, BLOCK_ADJOINT = 256, 128, 128
 NUM_WARPS = 4
 
 
@@ -266,9 +267,9 @@ def _adjoint_kernel(
             inner1, across1 = inner2, across2
 
 
-def _grid(volumes: int, sizes: tuple[int, ...], steps: int) -> tuple[int]:
+def _grid(volumes: int, sizes: Sequence[int], steps: int, block: int) -> tuple[int]:
     d, h, w = sizes
-    return (volumes * cdiv(d, steps) * cdiv(h * w, BLOCK),)
+    return (volumes * cdiv(d, steps) * cdiv(h * w, block),)
 
 
 def _sweep(
@@ -285,12 +286,14 @@ def _sweep(
     up = x if grad is None else as_volume(grad)
     n, channels, *sizes = x.shape
     steps = march_length(x[:, 0].numel(), sizes[0])
-    _sweep_kernel[_grid(n, sizes, steps)](
-        x, up, out, channels, *sizes, steps,
-        *x.stride(), *(up.stride(i) for i in (0, 2, 3, 4)), *axis_scales(operator, spacing), eps,
-        BACKWARD=grad is not None, DIMS=image.ndim - 2, CHANNELS=reduction if channels > 1 else "one",
-        CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    block = BLOCK_ONE_CHANNEL if channels == 1 else BLOCK_CHANNELS
+    with torch.cuda.device_of(image):
+        _sweep_kernel[_grid(n, sizes, steps, block)](
+            x, up, out, channels, *sizes, steps,
+            *x.stride(), *(up.stride(i) for i in (0, 2, 3, 4)), *axis_scales(operator, spacing), eps,
+            BACKWARD=grad is not None, DIMS=image.ndim - 2, CHANNELS=reduction if channels > 1 else "one",
+            CENTRE=centre_tap(operator), PADDING=mode, BLOCK=block, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def forward(image: Tensor, operator: str, spacing: tuple[float, ...], mode: str, reduction: str, eps: float) -> Tensor:
@@ -312,10 +315,11 @@ def backward(
     result = torch.empty((n, channels, *spatial), dtype=image.dtype, device=image.device)
     sizes = as_volume(result).shape[2:]
     steps = march_length(result[:, 0].numel(), sizes[0])
-    _adjoint_kernel[_grid(n * channels, sizes, steps)](
-        components, result, *sizes, steps, *axis_scales(operator, spacing),
-        DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(image):
+        _adjoint_kernel[_grid(n * channels, sizes, steps, BLOCK_ADJOINT)](
+            components, result, *sizes, steps, *axis_scales(operator, spacing),
+            DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK_ADJOINT, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return result
 
 
@@ -333,7 +337,7 @@ def compile_cases() -> list[KernelCases]:
     scales = dict.fromkeys(("scale_d", "scale_h", "scale_w"), "fp32")
 
     def common(f: Flags) -> tuple[dict[str, str], dict[str, Any]]:
-        constants = {"DIMS": f["dims"], "CENTRE": centre_tap(f["operator"]), "PADDING": f["padding"], "BLOCK": BLOCK}
+        constants = {"DIMS": f["dims"], "CENTRE": centre_tap(f["operator"]), "PADDING": f["padding"]}
         if f["dims"] == 2:
             constants |= {"D": 1, "STEPS": 1}
         return sizes | scales, constants
@@ -346,8 +350,9 @@ def compile_cases() -> list[KernelCases]:
             strides = [name for name in _sweep_kernel.arg_names if name.startswith("s_")]
             types |= dict.fromkeys(strides, "i64") | {"M": "i32", "eps": "fp32"}
             constants |= {"BACKWARD": backward, "CHANNELS": f["channels"]}
+            constants["BLOCK"] = BLOCK_CHANNELS
             if f["channels"] == "one":
-                constants["M"] = 1
+                constants |= {"M": 1, "BLOCK": BLOCK_ONE_CHANNEL}
             if f["contiguous"]:
                 constants |= {"s_w": 1, "s_grad_w": 1}
             return Arguments(types, constants, NUM_WARPS)
@@ -357,6 +362,7 @@ def compile_cases() -> list[KernelCases]:
     def adjoint(f: Flags) -> Arguments:
         types, constants = common(f)
         types |= {"p_in": "*fp32", "p_out": pointer_type(f["dtype"])}
+        constants["BLOCK"] = BLOCK_ADJOINT
         return Arguments(types, constants, NUM_WARPS)
 
     adjoint_flags = {name: flags[name] for name in ("dims", "operator", "padding", "dtype")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.ops.gradient_magnitude import closed_form
+
+
+def _implementation(backend: str) -> ModuleType:
+    """The module that computes; the kernel's is imported only here, since triton may be absent."""
+    if backend == "triton":
+        from sure_kernels.ops.gradient_magnitude import kernel
+
+        return kernel
+    return closed_form
 
 
 @torch.library.custom_op("sure_kernels::gradient_magnitude", mutates_args=())
@@ -22,7 +32,7 @@ def gradient_magnitude_forward(
     eps: float,
     backend: str,
 ) -> Tensor:
-    return closed_form.forward(image, operator, tuple(spacing), padding_mode, channel_reduction, eps)
+    return _implementation(backend).forward(image, operator, tuple(spacing), padding_mode, channel_reduction, eps)
 
 
 @gradient_magnitude_forward.register_fake
@@ -43,7 +53,8 @@ def gradient_magnitude_backward(
     eps: float,
     backend: str,
 ) -> Tensor:
-    return closed_form.backward(grad, image, operator, tuple(spacing), padding_mode, channel_reduction, eps)
+    options = (operator, tuple(spacing), padding_mode, channel_reduction, eps)
+    return _implementation(backend).backward(grad, image, *options)
 
 
 @gradient_magnitude_backward.register_fake
