@@ -38,10 +38,9 @@ from sure_kernels.kernel_lib.chunks import flat
 from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, gradient_format, march_length
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients, number_of_sums
 from sure_kernels.ops.evidential.reference import SMOOTH_TARGET, SOFT_DICE_EPS, TVERSKY_EPS
-from sure_kernels.ops.gradient_magnitude import kernel as gradient_magnitude
 
 # GRADIENT: where the magnitude of the image's gradient comes from.
-NO_GRADIENT, CACHED, FILTERED = 0, 1, 2
+NO_GRADIENT, CACHED, MARCHED, FILTERED = 0, 1, 2, 3
 
 _BOUNDARY = tl.constexpr(labels.BOUNDARY)
 _FAR = tl.constexpr(labels.FAR)
@@ -81,38 +80,18 @@ def _own(p_table, b_label, K: tl.constexpr):
 
 
 @triton.jit
-def _image_parts(
-    p_image, z, o_h, o_w, m, D, H, W, s_channel,
-    CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr,
+def _filtered(
+    p_image, z, o_h, o_w, m, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
+    DIMS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
-    """`plane_parts` of every channel of an image, as one flat tuple of 3 CHANNELS."""
-    parts = ()
-    for c in tl.static_range(CHANNELS):
-        parts += taps.plane_parts(
-            p_image + c * s_channel, z, o_h, o_w, m, D, H, W, tl.cast(H, tl.int64) * W, W, 1, CENTRE, PADDING
-        )
-    return parts
-
-
-@triton.jit
-def _magnitude(
-    before, here, after, z, D, scale_d, scale_h, scale_w,
-    DIMS: tl.constexpr, CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
-):  # fmt: skip
-    """Gradient magnitude of plane z from the parts of three planes (in 2D of the one there is), [BLOCK]."""
-    result = tl.zeros_like(here[0])
-    for c in tl.static_range(CHANNELS):
-        if DIMS == 2:
-            gw, gh = here[3 * c] * scale_w, here[3 * c + 1] * scale_h
-            square = gh * gh + gw * gw
-        else:
-            gd, gh, gw = taps.gradient(
-                before[3 * c], before[3 * c + 1], before[3 * c + 2],
-                here[3 * c], here[3 * c + 1], here[3 * c + 2],
-                after[3 * c], after[3 * c + 1], after[3 * c + 2],
-                z, D, scale_d, scale_h, scale_w, CENTRE, PADDING,
-            )  # fmt: skip
-            square = gd * gd + gh * gh + gw * gw
+    """Gradient magnitude of plane z, all channels, without marching, [BLOCK]."""
+    result = tl.zeros(o_h.shape, tl.float32)
+    for c in range(0, channels):
+        gd, gh, gw = taps.voxel_gradient(
+            p_image + c * voxels, z, o_h, o_w, m, D, H, W, tl.cast(H, tl.int64) * W, W, 1,
+            scale_d, scale_h, scale_w, DIMS, CENTRE, PADDING,
+        )  # fmt: skip
+        square = gd * gd + gh * gh + gw * gw
         if REDUCTION == "l2":
             result += square
         elif REDUCTION == "max":
@@ -120,9 +99,19 @@ def _magnitude(
         else:
             result += tl.sqrt(square)
     if REDUCTION == "mean":
-        return result * (1.0 / CHANNELS)
+        return result / channels
     else:
         return tl.sqrt(result)
+
+
+@triton.jit
+def _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """Gradient magnitude of plane z from the parts of three planes, [BLOCK]."""
+    gd, gh, gw = taps.gradient(
+        before[0], before[1], before[2], here[0], here[1], here[2], after[0], after[1], after[2],
+        z, D, scale_d, scale_h, scale_w, CENTRE, PADDING,
+    )  # fmt: skip
+    return tl.sqrt(gd * gd + gh * gh + gw * gw)
 
 
 @triton.jit
@@ -168,15 +157,15 @@ def _store_moments(p_out, s_column, moments):
     tl.store(p_out + 7 * s_column, tl.sum(far_u).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["voxels", "depth", "march", "D", "H", "W", "ignore_index"])
+@triton.jit(do_not_specialize=["voxels", "depth", "march", "channels", "D", "H", "W", "ignore_index"])
 def sums_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_partial,
-    voxels, plane, depth, march, D, H, W,
-    s_image, s_class, s_voxel, s_channel,
+    voxels, plane, depth, march, channels, D, H, W,
+    s_image, s_class, s_voxel,
     ignore_index, prior_sum, lgamma_prior_sum, error_factor, official, scale_d, scale_h, scale_w,
     K: tl.constexpr, KIND: tl.constexpr, EVIDENCE: tl.constexpr, UNIT_PRIOR: tl.constexpr, BELOW_ONE: tl.constexpr,
     WEIGHTED: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, DIMS: tl.constexpr,
-    CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
+    CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of partial sums a program: p_partial is (N, number_of_sums, programs) float64.
@@ -187,7 +176,7 @@ def sums_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     i_image = tl.program_id(1).to(tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
-    s_channel, voxels = tl.cast(s_channel, tl.int64), tl.cast(voxels, tl.int64)
+    voxels = tl.cast(voxels, tl.int64)
     blocks = tl.cdiv(plane, BLOCK)
     i_block, i_march = i_program % blocks, i_program // blocks
     o_plane = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK], within the plane
@@ -197,7 +186,7 @@ def sums_kernel(
     p_label += i_image * voxels
     p_mask += i_image * voxels
     p_band += i_image * voxels
-    p_image += i_image * s_channel * CHANNELS
+    p_image += i_image * channels * voxels
     o_logit = o_plane.to(tl.int64) * s_voxel
 
     zero = tl.zeros([BLOCK], tl.float32)
@@ -218,15 +207,13 @@ def sums_kernel(
         else:
             prior += (tl.load(p_table + c),)
     moments = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
-    if GRADIENT == 2:
+    if GRADIENT >= 2:
         m_plane = o_plane < plane
         o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
-        here = _image_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING)
-        before = here
-        if DIMS == 3:
-            before = _image_parts(
-                p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
-            )
+    if GRADIENT == 2:
+        s_plane = tl.cast(H, tl.int64) * W
+        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
+        here = taps.plane_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
 
     for z in range(z_first, z_end):
         o_first = tl.cast(z, tl.int64) * plane
@@ -340,25 +327,24 @@ def sums_kernel(
             if GRADIENT == 1:
                 on = counted & (b_band == _BOUNDARY)
                 g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
-            else:
-                after = here
-                if DIMS == 3:
-                    after = _image_parts(
-                        p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
-                    )
-                g = _magnitude(
-                    before, here, after, z, D, scale_d, scale_h, scale_w, DIMS, CHANNELS, CENTRE, PADDING, REDUCTION
-                )
+            elif GRADIENT == 2:
+                after = taps.plane_parts(p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
+                g = _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
                 before, here = here, after
+            else:
+                g = _filtered(
+                    p_image, z, o_h, o_w, m_plane, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
+                    DIMS, CENTRE, PADDING, REDUCTION,
+                )  # fmt: skip
             moments = _add_moments(moments, b_band, counted, u, g)
 
     if DEFERRED:
         steps = tl.maximum(z_end - z_first, 0)
         products: tl.constexpr = (K + FACTORS - 1) // FACTORS
         if KIND != "mse":
-            acc_ace += special.ln(m_ratio) + (k_ratio - _BIAS * steps).to(tl.float32) * special.LN_2
-        ln_wrong = special.ln(m_wrong) + (k_wrong - _BIAS * products * steps).to(tl.float32) * special.LN_2
-        ln_total = special.ln(m_total) + (k_total - _BIAS * steps).to(tl.float32) * special.LN_2
+            acc_ace += special.ln(m_ratio) + (k_ratio - steps * _BIAS).to(tl.float32) * special.LN_2
+        ln_wrong = special.ln(m_wrong) + (k_wrong - steps * (products * _BIAS)).to(tl.float32) * special.LN_2
+        ln_total = special.ln(m_total) + (k_total - steps * _BIAS).to(tl.float32) * special.LN_2
         acc_kl += (prior_sum - 0.5) * ln_total - 0.5 * ln_wrong
 
     columns: tl.constexpr = 4 + 3 * K + (8 if GRADIENT != 0 else 0)
@@ -397,9 +383,9 @@ def reduce_kernel(p_partial, p_sums, programs, BLOCK: tl.constexpr):
 def _dice(tp, p, present, number, ADAPTIVE: tl.constexpr):
     """D_k, dD_k/dTP_k and dD_k/dP_k of the sums of a class, float64."""
     if ADAPTIVE:
-        tp += _SMOOTH_TARGET * p
+        tp += p * _SMOOTH_TARGET
         fp = p - tp
-        fn = present + _SMOOTH_TARGET * number - tp
+        fn = present + number * _SMOOTH_TARGET - tp
         total = fp + fn + _TVERSKY_EPS
         ratio = fp / total
         balance = tl.where(ratio < 0.2, 0.2, tl.where(ratio > 0.8, 0.8, ratio))
@@ -411,7 +397,7 @@ def _dice(tp, p, present, number, ADAPTIVE: tl.constexpr):
         balance_p = inside * (fn + _TVERSKY_EPS) / (total * total)
         d_tp = (1.0 - d * balance_tp * (fp - fn)) / denominator
         d_p = -d * (balance_p * (fp - fn) + balance) / denominator
-        return d, d_tp, d_p + _SMOOTH_TARGET * d_tp
+        return d, d_tp, d_p + d_tp * _SMOOTH_TARGET
     else:
         denominator = p + present + _SOFT_DICE_EPS
         d = (2.0 * tp + _SOFT_DICE_EPS) / denominator
@@ -501,15 +487,15 @@ def finalise_kernel(
     store_coefficients(p_coefficients, c_ace, c_kl, c_tp, c_p, K, CLASSES)
 
 
-@triton.jit(do_not_specialize=["voxels", "depth", "march", "D", "H", "W", "ignore_index"])
+@triton.jit(do_not_specialize=["voxels", "depth", "march", "channels", "D", "H", "W", "ignore_index"])
 def gradient_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_coefficients, p_means, p_up, p_dz,
-    voxels, plane, depth, march, D, H, W,
-    s_image, s_class, s_voxel, s_dz_image, s_dz_class, s_dz_voxel, s_channel, s_coefficients,
+    voxels, plane, depth, march, channels, D, H, W,
+    s_image, s_class, s_voxel, s_dz_image, s_dz_class, s_dz_voxel, s_coefficients,
     ignore_index, prior_sum, error_factor, official, scale_d, scale_h, scale_w,
     K: tl.constexpr, KIND: tl.constexpr, EVIDENCE: tl.constexpr, UNIT_PRIOR: tl.constexpr, BELOW_ONE: tl.constexpr,
     WEIGHTED: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, DIMS: tl.constexpr,
-    CHANNELS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
+    CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of every voxel, 0 where it does not count. Coefficients are float32 and scaled by *p_up in here."""
@@ -517,7 +503,7 @@ def gradient_kernel(
     i_image = tl.program_id(1).to(tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     s_dz_class, s_dz_voxel = tl.cast(s_dz_class, tl.int64), tl.cast(s_dz_voxel, tl.int64)
-    s_channel, voxels = tl.cast(s_channel, tl.int64), tl.cast(voxels, tl.int64)
+    voxels = tl.cast(voxels, tl.int64)
     blocks = tl.cdiv(plane, BLOCK)
     i_block, i_march = i_program % blocks, i_program // blocks
     o_plane = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK], within the plane
@@ -528,7 +514,7 @@ def gradient_kernel(
     p_label += i_image * voxels
     p_mask += i_image * voxels
     p_band += i_image * voxels
-    p_image += i_image * s_channel * CHANNELS
+    p_image += i_image * channels * voxels
     p_coefficients += i_image * s_coefficients
     o_logit = o_plane.to(tl.int64) * s_voxel
     o_dz = o_plane.to(tl.int64) * s_dz_voxel
@@ -550,15 +536,13 @@ def gradient_kernel(
         c_far = tl.load(p_coefficients + 4 + 2 * K) * up
         g_mean = tl.load(p_means + 2 * i_image)
         u_mean = tl.load(p_means + 2 * i_image + 1)
-    if GRADIENT == 2:
+    if GRADIENT >= 2:
         m_plane = o_plane < plane
         o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
-        here = _image_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING)
-        before = here
-        if DIMS == 3:
-            before = _image_parts(
-                p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
-            )
+    if GRADIENT == 2:
+        s_plane = tl.cast(H, tl.int64) * W
+        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
+        here = taps.plane_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
 
     for z in range(z_first, z_end):
         o_first = tl.cast(z, tl.int64) * plane
@@ -627,16 +611,15 @@ def gradient_kernel(
             on = counted & (b_band == _BOUNDARY)
             if GRADIENT == 1:
                 g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
-            else:
-                after = here
-                if DIMS == 3:
-                    after = _image_parts(
-                        p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_channel, CHANNELS, CENTRE, PADDING
-                    )
-                g = _magnitude(
-                    before, here, after, z, D, scale_d, scale_h, scale_w, DIMS, CHANNELS, CENTRE, PADDING, REDUCTION
-                )
+            elif GRADIENT == 2:
+                after = taps.plane_parts(p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
+                g = _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
                 before, here = here, after
+            else:
+                g = _filtered(
+                    p_image, z, o_h, o_w, m_plane, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
+                    DIMS, CENTRE, PADDING, REDUCTION,
+                )  # fmt: skip
             u = prior_sum * inverse
             du = tl.where(on, c_g * (g - g_mean) + c_u * (u - u_mean), tl.where(b_band == _FAR, c_far, 0.0))
             da_all -= du * u * inverse
@@ -654,8 +637,6 @@ def gradient_kernel(
             tl.store(p_row_out + c * s_dz_class + o_dz, dz.to(p_dz.dtype.element_ty), mask=m)
 
 
-# Images with more channels are filtered beforehand: the parts of each take registers.
-MARCHED_CHANNELS = 4
 # Steps of a program on large volumes, and how many programs keep a GPU busy.
 _STEPS, _ENOUGH_PROGRAMS = 32, 2048
 _REDUCE_BLOCK = 1024
@@ -687,82 +668,66 @@ def table(formula: Formula, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-class _Launch:
+class _Launch(NamedTuple):
     """The arguments that both sweeps share, and their grid."""
 
-    def __init__(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        mask: Tensor | None,
-        ignore_index: int,
-        formula: Formula,
-        source: Source | None,
-    ) -> None:
-        n, k, *spatial = logits.shape
-        # A view where the spatial axes are evenly spaced, else a contiguous copy.
-        z = flat(logits)
-        voxels = z.shape[2]
-        block = block_size(k)
-        unit_prior = set(formula.prior) == {1.0}
-        gradient, dims, channels, image, band = NO_GRADIENT, len(spatial), 1, z, z
-        scales, centre, padding, reduction = (0.0, 0.0, 0.0), 0.0, "replicate", "l2"
-        depth, height, width = (1, *spatial) if dims == 2 else spatial
-        plane, planes = block, cdiv(voxels, block)
-        march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
-        if source is not None:
-            band, image = source.band.contiguous(), source.image.contiguous()
-            gradient = CACHED if source.cached else FILTERED
-            if gradient == FILTERED and image.shape[1] > MARCHED_CHANNELS:
-                image = gradient_magnitude.forward(
-                    image,
-                    source.operator,
-                    source.spacing,
-                    source.padding_mode,
-                    source.channel_reduction,
-                    0.0,
-                )
-                gradient = CACHED
-        if gradient == FILTERED and source is not None:
-            channels = image.shape[1]
-            padding, reduction = source.padding_mode, source.channel_reduction
-            scales = axis_scales(source.operator, source.spacing)
-            centre = centre_tap(source.operator)
-            plane, planes = height * width, depth
-            march = march_length(n * voxels, depth)
-        self.formula = formula
-        self.table = table(formula, logits.device)
-        self.grid = (cdiv(plane, block) * cdiv(planes, march), n)
-        self.inputs = (
+    grid: tuple[int, int]
+    inputs: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    scalars: tuple[float, ...]
+    options: dict[str, Any]
+
+
+def _launch(logits: Tensor, target: Tensor, mask: Tensor | None, formula: Formula, source: Source | None) -> _Launch:
+    n, k, *spatial = logits.shape
+    # A view where the spatial axes are evenly spaced, else a contiguous copy.
+    z = flat(logits)
+    voxels, block = z.shape[2], block_size(k)
+    depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
+    band = image = z
+    gradient, channels, dims, scales, centre = NO_GRADIENT, 1, 3, (0.0, 0.0, 0.0), 0.0
+    padding, reduction = "replicate", "l2"
+    plane, planes = block, cdiv(voxels, block)
+    march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
+    if source is not None:
+        gradient, band, image = CACHED, source.band.contiguous(), source.image.contiguous()
+    if source is not None and not source.cached:
+        padding, scales, centre = (
+            source.padding_mode, axis_scales(source.operator, source.spacing), centre_tap(source.operator)
+        )  # fmt: skip
+        plane, planes, march = height * width, depth, march_length(n * voxels, depth)
+        gradient, channels = MARCHED, image.shape[1]
+        if channels > 1 or len(spatial) == 2:
+            gradient, dims, reduction = FILTERED, len(spatial), source.channel_reduction
+    return _Launch(
+        (cdiv(plane, block) * cdiv(planes, march), n),
+        (
             z,
             target.contiguous(),
             z if mask is None else mask.contiguous().view(torch.uint8),
             band,
             image,
-            self.table,
-        )
-        self.sizes = (voxels, plane, planes, march, depth, height, width)
-        self.strides = z.stride()
-        self.channel_stride = voxels
-        self.ignore_index = ignore_index
-        self.scalars = (float(formula.k if formula.official else 1), float(formula.official), *scales)
-        self.options = {
+            table(formula, logits.device),
+        ),
+        (voxels, plane, planes, march, channels, depth, height, width, *z.stride()),
+        (float(formula.k if formula.official else 1), float(formula.official), *scales),
+        {
             "K": k,
             "KIND": formula.kind,
             "EVIDENCE": formula.evidence,
-            "UNIT_PRIOR": unit_prior,
+            "UNIT_PRIOR": set(formula.prior) == {1.0},
             "BELOW_ONE": formula.below_one,
             "WEIGHTED": bool(formula.class_weight),
             "HAS_MASK": mask is not None,
             "GRADIENT": gradient,
             "DIMS": dims,
-            "CHANNELS": channels,
             "CENTRE": centre,
             "PADDING": padding,
             "REDUCTION": reduction,
             "BLOCK": block,
             "num_warps": NUM_WARPS,
-        }
+        },
+    )
 
 
 def sums(
@@ -774,7 +739,7 @@ def sums(
     source: Source | None = None,
 ) -> Tensor:
     """Sums of each image, (N, number_of_sums) float64. `target` and `mask` are (N, *spatial)."""
-    launch = _Launch(logits, target, mask, ignore_index, formula, source)
+    launch = _launch(logits, target, mask, formula, source)
     n = logits.shape[0]
     columns = number_of_sums(formula.k, source is not None)
     programs = launch.grid[0]
@@ -783,8 +748,7 @@ def sums(
     prior_sum = math.fsum(formula.prior)
     with torch.cuda.device_of(logits):
         sums_kernel[launch.grid](
-            *launch.inputs, partial, *launch.sizes, *launch.strides, launch.channel_stride,
-            ignore_index, prior_sum, math.lgamma(prior_sum), *launch.scalars, **launch.options,
+            *launch.inputs, partial, *launch.sizes, ignore_index, prior_sum, math.lgamma(prior_sum), *launch.scalars, **launch.options,
         )  # fmt: skip
         reduce_kernel[(n * columns,)](partial, result, programs, BLOCK=_REDUCE_BLOCK, num_warps=NUM_WARPS)
     return result
@@ -806,14 +770,13 @@ def gradient(
     `coefficients` is (N, number_of_coefficients) float32, or one row for all images; `upstream` the 0-d gradient of
     the loss, which multiplies them on the device; `means` (N, 2) float32 where supervised.
     """
-    launch = _Launch(logits, target, mask, ignore_index, formula, source)
+    launch = _launch(logits, target, mask, formula, source)
     result = torch.empty_like(logits, memory_format=gradient_format(logits))
     out = flat(result)
     with torch.cuda.device_of(logits):
         gradient_kernel[launch.grid](
             *launch.inputs, coefficients, coefficients if means is None else means, upstream, out,
-            *launch.sizes, *launch.strides, *out.stride(), launch.channel_stride,
-            coefficients.stride(0) if len(coefficients) > 1 else 0,
+            *launch.sizes, *out.stride(), coefficients.stride(0) if len(coefficients) > 1 else 0,
             ignore_index, math.fsum(formula.prior), *launch.scalars, **launch.options,
         )  # fmt: skip
     return result

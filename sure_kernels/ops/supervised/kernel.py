@@ -29,7 +29,7 @@ _FLAT_SQUARE = tl.constexpr(FLAT**2)
 def _variance(square_mean, mean):
     """The variance (1 where there is none to rounding) and whether there is any."""
     variance = square_mean - mean * mean
-    some = variance > _FLAT_SQUARE * square_mean
+    some = variance > square_mean * _FLAT_SQUARE
     return tl.where(some, variance, 1.0), some
 
 
