@@ -19,13 +19,14 @@ from sure.train import train
 CASES = 24
 SHAPE = (48, 48, 32)
 SETTINGS = TrainConfig(
-    patch_size=(32, 32, 32),
-    channels=(8, 16, 32),
+    patch_size=SHAPE,
+    channels=(8, 16, 32, 64),
     folds=4,
-    epochs=30,
-    batch_size=4,
-    lr=4e-3,
-    gradient_weight=10.0,
+    epochs=80,
+    batch_size=2,
+    lr=8e-3,
+    gradient_weight=100.0,
+    far_weight=10.0,
     validate_every=0,
 )
 """What both networks are trained with; only `loss` differs."""
