@@ -38,6 +38,7 @@ from sure_kernels.kernel_lib.chunks import flat
 from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, gradient_format, march_length
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients, number_of_sums
 from sure_kernels.ops.evidential.reference import SMOOTH_TARGET, SOFT_DICE_EPS, TVERSKY_EPS
+from sure_kernels.ops.gradient_magnitude import kernel as gradient_magnitude
 
 # GRADIENT: where the magnitude of the image's gradient comes from.
 NO_GRADIENT, CACHED, MARCHED, FILTERED = 0, 1, 2, 3
@@ -77,6 +78,96 @@ def _load_logit(p_z, o_z, m, counted):
 def _own(p_table, b_label, K: tl.constexpr):
     """The entry of a table of K numbers that belongs to the voxel's label (any one where it has none)."""
     return tl.load(p_table + tl.minimum(tl.maximum(b_label, 0), K - 1))
+
+
+@triton.jit
+def _cross_entropy(
+    a_y, gap, total, inverse, squares, error_factor, KIND: tl.constexpr, BELOW_ONE: tl.constexpr
+):  # fmt: skip
+    """ACE of a voxel; `squares` is the sum of a^2 over the wrong classes, `gap` S - a_y and `inverse` 1 / S."""
+    if KIND == "digamma":
+        return special.digamma_difference(a_y, gap, BELOW_ONE)
+    elif KIND == "log":
+        return special.ln1p(gap * special.reciprocal(a_y))
+    else:
+        # sum q = 2 gap / S: neither sum cancels where the voxel is certain.
+        q_y = gap * inverse
+        q_square = q_y * q_y + squares * inverse * inverse
+        return error_factor * q_square + (2.0 * q_y - q_square) * special.reciprocal(total + 1.0)
+
+
+@triton.jit
+def _kl_of_sum(t, b_y, lgamma_b_y, prior_sum, official, BELOW_ONE: tl.constexpr):
+    """What KL has besides the wrong classes' own terms; `official` puts 1 in place of the true class's prior."""
+    excess = official * (1.0 - b_y)
+    # (1 - b_y) psi(1) - lgamma(1) + lgamma(b_y), and what is linear in 1 - b_y.
+    own = official * lgamma_b_y - excess * (1.0 + _EULER_GAMMA)
+    return own - special.kl_term(t + (prior_sum + excess), prior_sum, BELOW_ONE)
+
+
+@triton.jit
+def _slopes(
+    a_y, gap, total, inverse, squares, s_kl, dp_a, c_tp, w_ace, w_kl, prior_sum, error_factor,
+    KIND: tl.constexpr, BELOW_ONE: tl.constexpr,
+):  # fmt: skip
+    """Shares of dL/da of all classes, of the true one, of the wrong ones, and of a wrong one per unit of its a.
+
+    `dp_a` is the sum of dL/dp_k a_k for Dice, `c_tp` its dL/dTP_y. What belongs to one class alone, its own KL term
+    or psi(a_y), is not in here.
+    """
+    da_all = -dp_a * (inverse * inverse)
+    da_own = c_tp * inverse
+    da_wrong = -w_kl * special.kl_term_slope(s_kl, prior_sum, BELOW_ONE)
+    per_a = tl.zeros_like(inverse)
+    if KIND == "digamma":
+        da_all += w_ace * special.trigamma(total, BELOW_ONE)
+    elif KIND == "log":
+        da_all += w_ace * inverse
+        da_own -= w_ace * special.reciprocal(a_y)
+    else:
+        # Derivative by p_k: 2 F (p_k, or -q_y for the true class) - 2 p_k / (S + 1).
+        next_inverse = special.reciprocal(total + 1.0)
+        q_y, p_y, wrong_square = gap * inverse, a_y * inverse, squares * inverse * inverse
+        variance = 2.0 * q_y - (q_y * q_y + wrong_square)
+        dp_y = -2.0 * (error_factor * q_y + p_y * next_inverse)
+        dp_wrong = 2.0 * (error_factor - next_inverse)
+        mean_dp = p_y * dp_y + wrong_square * dp_wrong
+        da_all -= w_ace * (mean_dp * inverse + variance * next_inverse * next_inverse)
+        da_own += w_ace * dp_y * inverse
+        per_a = w_ace * dp_wrong * inverse * inverse
+    return da_all, da_own, da_wrong, per_a
+
+
+@triton.jit
+def _own_slope(a, b, is_y, w_ace, w_kl, KIND: tl.constexpr, BELOW_ONE: tl.constexpr):
+    """The share of dL/da that belongs to one class alone: of its KL term, or of psi(a_y) for the true class."""
+    da = w_kl * special.kl_term_slope(a, b, BELOW_ONE)
+    if KIND == "digamma":
+        return tl.where(is_y, -w_ace * special.trigamma(a, BELOW_ONE), da)
+    else:
+        return tl.where(is_y, 0.0, da)
+
+
+@triton.jit
+def _load_supervision(p_coefficients, p_means, up):
+    """(c_g, c_u, c_far, mean g, mean u) of an image."""
+    return (
+        tl.load(p_coefficients) * up, tl.load(p_coefficients + 1) * up, tl.load(p_coefficients + 2) * up,
+        tl.load(p_means), tl.load(p_means + 1),
+    )  # fmt: skip
+
+
+@triton.jit
+def _supervised_slope(supervision, on, b_band, u, g):
+    """dL/du of the supervision: c_g (g - mean g) + c_u (u - mean u) on the boundary, c_far far from it."""
+    c_g, c_u, c_far, g_mean, u_mean = supervision
+    return tl.where(on, c_g * (g - g_mean) + c_u * (u - u_mean), tl.where(b_band == _FAR, c_far, 0.0))
+
+
+@triton.jit
+def _weight(p_table, b_label, K: tl.constexpr):
+    """The class weight of the voxel's label, 0 where it has none."""
+    return tl.where((b_label >= 0) & (b_label < K), _own(p_table + 2 * K, b_label, K), 0.0)
 
 
 @triton.jit
@@ -263,48 +354,35 @@ def sums_kernel(
         u = prior_sum * inverse
 
         # 3. Expected cross-entropy.
-        if KIND == "digamma":
-            if DEFERRED:
-                t_y = special.reciprocal(a_y + special.SHIFT)
-                t_total = special.reciprocal_fast(total + special.SHIFT)
-                ratio = 1.0 + gap * t_y
-                ace = special.digamma_polynomial(t_total) - special.digamma_polynomial(t_y)
-            else:
-                ace = special.digamma_difference(a_y, gap, BELOW_ONE)
-        elif KIND == "log":
-            ratio = gap * special.reciprocal(a_y)
-            if DEFERRED:
-                ratio += 1.0
-                ace = zero
-            else:
-                ace = special.ln1p(ratio)
+        if DEFERRED and KIND == "digamma":
+            t_y = special.reciprocal(a_y + special.SHIFT)
+            t_total = special.reciprocal_fast(total + special.SHIFT)
+            ratio = 1.0 + gap * t_y
+            ace = special.digamma_polynomial(t_total) - special.digamma_polynomial(t_y)
+        elif DEFERRED and KIND == "log":
+            ratio = 1.0 + gap * special.reciprocal(a_y)
+            ace = zero
         else:
-            q_y = gap * inverse
-            q_square = q_y * q_y + squares * inverse * inverse
-            ace = error_factor * q_square + (2.0 * q_y - q_square) * special.reciprocal(total + 1.0)
+            ace = _cross_entropy(a_y, gap, total, inverse, squares, error_factor, KIND, BELOW_ONE)
 
         # 4. KL.
-        if UNIT_PRIOR:
+        if DEFERRED:
             s_kl = t + prior_sum
             kl -= special.kl_term_without_log(s_kl, prior_sum)
-            if not DEFERRED:
-                kl -= (0.5 - prior_sum) * special.ln(s_kl + special.SHIFT)
-        else:
-            excess = official * (1.0 - b_y)
-            kl -= special.kl_term(t + (prior_sum + excess), prior_sum, BELOW_ONE)
-            # (1 - b_y) psi(1) - lgamma(1) + lgamma(b_y), and what is linear in 1 - b_y.
-            kl += official * _own(p_table + K, b_label, K) - excess * (1.0 + _EULER_GAMMA)
-        if DEFERRED:
+            m_total, k = special.split_exponent(m_total * tl.where(counted, s_kl + special.SHIFT, 1.0))
+            k_total += k
             if KIND != "mse":
                 m_ratio, k = special.split_exponent(m_ratio * tl.where(counted, ratio, 1.0))
                 k_ratio += k
-            m_total, k = special.split_exponent(m_total * tl.where(counted, s_kl + special.SHIFT, 1.0))
-            k_total += k
+        elif UNIT_PRIOR:
+            kl -= special.kl_term(t + prior_sum, prior_sum, BELOW_ONE)
+        else:
+            kl += _kl_of_sum(t, b_y, _own(p_table + K, b_label, K), prior_sum, official, BELOW_ONE)
 
         # 5. Running sums.
         acc_n += tl.where(counted, 1.0, 0.0)
         if WEIGHTED:
-            weight = tl.where(counted & (b_label >= 0) & (b_label < K), _own(p_table + 2 * K, b_label, K), 0.0)
+            weight = _weight(p_table, b_label, K)
             acc_w += weight
             ace *= weight
             kl *= weight
@@ -365,6 +443,74 @@ def sums_kernel(
         tl.store(p_out + (K + c) * s_column, tl.sum(acc_e[c]).to(tl.float64) + inverse_sum * prior[c])
         tl.store(p_out + (2 * K + c) * s_column, tl.sum(acc_y[c]).to(tl.float64))
     if GRADIENT != 0:
+        _store_moments(p_out + 3 * K * s_column, s_column, moments)
+
+
+@triton.jit(do_not_specialize=["voxels", "K", "ignore_index"])
+def many_sums_kernel(
+    p_z, p_label, p_mask, p_band, p_image, p_table, p_partial,
+    voxels, K,
+    s_image, s_class, s_voxel,
+    ignore_index, prior_sum, lgamma_prior_sum, error_factor, official,
+    KIND: tl.constexpr, EVIDENCE: tl.constexpr, BELOW_ONE: tl.constexpr, HAS_MASK: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`sums_kernel` with a loop over the classes, twice: for more of them than registers hold. One block a program."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_image = tl.program_id(1).to(tl.int64)
+    s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
+    o_voxel = i_program * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m = o_voxel < voxels
+    p_z += i_image * s_image
+    o_first = i_image * voxels
+    b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_voxel, m, ignore_index, HAS_MASK)
+
+    e_y = tl.zeros([BLOCK], tl.float32)
+    t, squares, kl = e_y, e_y, e_y - lgamma_prior_sum
+    for c in range(0, K):
+        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted), EVIDENCE)
+        is_y = b_label == c
+        b = tl.load(p_table + c)
+        a = e + b
+        e_y = tl.where(is_y, e, e_y)
+        t = tl.where(is_y, t, t + e)
+        squares = tl.where(is_y, squares, squares + a * a)
+        kl = tl.where(is_y, kl, kl + special.kl_term(a, b, BELOW_ONE) + tl.load(p_table + K + c))
+    b_y = _own(p_table, b_label, K)
+    a_y = e_y + b_y
+    gap = t + (prior_sum - b_y)
+    total = a_y + gap
+    inverse = special.reciprocal(total)
+    ace = _cross_entropy(a_y, gap, total, inverse, squares, error_factor, KIND, BELOW_ONE)
+    kl += _kl_of_sum(t, b_y, _own(p_table + K, b_label, K), prior_sum, official, BELOW_ONE)
+    weight = tl.where(counted, _weight(p_table, b_label, K), 0.0)
+
+    columns = 4 + 3 * tl.cast(K, tl.int64)
+    if GRADIENT != 0:
+        columns += 8
+    s_column = tl.num_programs(0).to(tl.int64)
+    p_out = p_partial + i_image * columns * s_column + i_program
+    tl.store(p_out, tl.sum(tl.where(counted, 1.0, 0.0)).to(tl.float64))
+    tl.store(p_out + s_column, tl.sum(weight).to(tl.float64))
+    tl.store(p_out + 2 * s_column, tl.sum(tl.where(counted, weight * ace, 0.0)).to(tl.float64))
+    tl.store(p_out + 3 * s_column, tl.sum(tl.where(counted, weight * kl, 0.0)).to(tl.float64))
+    p_out += 4 * s_column
+    counted_inverse = tl.where(counted, inverse, 0.0)
+    for c in range(0, K):
+        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted), EVIDENCE)
+        is_y = b_label == c
+        p = (e + tl.load(p_table + c)) * counted_inverse
+        p_class = p_out + tl.cast(c, tl.int64) * s_column
+        tl.store(p_class, tl.sum(tl.where(is_y, p, 0.0)).to(tl.float64))
+        tl.store(p_class + K * s_column, tl.sum(p).to(tl.float64))
+        tl.store(p_class + 2 * K * s_column, tl.sum(tl.where(is_y, 1.0, 0.0)).to(tl.float64))
+    if GRADIENT != 0:
+        b_band = tl.load(p_band + o_first + o_voxel, mask=m, other=0)
+        on = counted & (b_band == _BOUNDARY)
+        g = tl.load(p_image + o_first + o_voxel, mask=on, other=0.0).to(tl.float32)
+        zero = tl.zeros([BLOCK], tl.float32)
+        moments = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+        moments = _add_moments(moments, b_band, counted, prior_sum * inverse, g)
         _store_moments(p_out + 3 * K * s_column, s_column, moments)
 
 
@@ -531,11 +677,7 @@ def gradient_kernel(
             prior += (tl.load(p_table + c),)
         c_p_prior += c_p[c] * prior[c]
     if GRADIENT != 0:
-        c_g = tl.load(p_coefficients + 2 + 2 * K) * up
-        c_u = tl.load(p_coefficients + 3 + 2 * K) * up
-        c_far = tl.load(p_coefficients + 4 + 2 * K) * up
-        g_mean = tl.load(p_means + 2 * i_image)
-        u_mean = tl.load(p_means + 2 * i_image + 1)
+        supervision = _load_supervision(p_coefficients + 2 + 2 * K, p_means + 2 * i_image, up)
     if GRADIENT >= 2:
         m_plane = o_plane < plane
         o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
@@ -550,7 +692,7 @@ def gradient_kernel(
         b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_plane, m, ignore_index, HAS_MASK)
         w_ace, w_kl = c_ace, c_kl
         if WEIGHTED:
-            weight = tl.where(counted & (b_label >= 0) & (b_label < K), _own(p_table + 2 * K, b_label, K), 0.0)
+            weight = _weight(p_table, b_label, K)
             w_ace, w_kl = c_ace * weight, c_kl * weight
 
         # 1. What belongs to one class alone: the slope of its KL term or of psi(a_y), and that of the evidence.
@@ -568,12 +710,7 @@ def gradient_kernel(
             t = tl.where(is_y, t, t + e)
             dp_a += c_p[c] * e
             a = e + prior[c]
-            da = w_kl * special.kl_term_slope(a, prior[c], BELOW_ONE)
-            if KIND == "digamma":
-                da = tl.where(is_y, -w_ace * special.trigamma(a, BELOW_ONE), da)
-            else:
-                da = tl.where(is_y, 0.0, da)
-            own_da += (da,)
+            own_da += (_own_slope(a, prior[c], is_y, w_ace, w_kl, KIND, BELOW_ONE),)
             if KIND == "mse":
                 squares = tl.where(is_y, squares, squares + a * a)
                 concentrations += (a,)
@@ -587,25 +724,10 @@ def gradient_kernel(
         total = a_y + gap
         inverse = special.reciprocal(total)
         c_tp = _own(p_coefficients + 2, b_label, K) * up
-        da_all = -(dp_a + c_tp * a_y) * (inverse * inverse)
-        da_own = c_tp * inverse
-        da_wrong = -w_kl * special.kl_term_slope(t + (prior_sum + official * (1.0 - b_y)), prior_sum, BELOW_ONE)
-        if KIND == "digamma":
-            da_all += w_ace * special.trigamma(total, BELOW_ONE)
-        elif KIND == "log":
-            da_all += w_ace * inverse
-            da_own -= w_ace * special.reciprocal(a_y)
-        else:
-            # dq = derivative by p_k: 2 F (q or -q) - 2 p_k / (S + 1).
-            next_inverse = special.reciprocal(total + 1.0)
-            q_y, p_y, wrong_square = gap * inverse, a_y * inverse, squares * inverse * inverse
-            variance = 2.0 * q_y - (q_y * q_y + wrong_square)
-            dq_y = -2.0 * (error_factor * q_y + p_y * next_inverse)
-            dq_wrong = 2.0 * (error_factor - next_inverse)
-            mean_dq = p_y * dq_y + wrong_square * dq_wrong
-            da_all -= w_ace * (mean_dq * inverse + variance * next_inverse * next_inverse)
-            da_own += w_ace * dq_y * inverse
-            mse_slope = w_ace * dq_wrong * inverse * inverse
+        da_all, da_own, da_wrong, mse_slope = _slopes(
+            a_y, gap, total, inverse, squares, t + (prior_sum + official * (1.0 - b_y)), dp_a + c_tp * a_y, c_tp,
+            w_ace, w_kl, prior_sum, error_factor, KIND, BELOW_ONE,
+        )  # fmt: skip
         if GRADIENT != 0:
             b_band = tl.load(p_band + o_first + o_plane, mask=m, other=0)
             on = counted & (b_band == _BOUNDARY)
@@ -621,7 +743,7 @@ def gradient_kernel(
                     DIMS, CENTRE, PADDING, REDUCTION,
                 )  # fmt: skip
             u = prior_sum * inverse
-            du = tl.where(on, c_g * (g - g_mean) + c_u * (u - u_mean), tl.where(b_band == _FAR, c_far, 0.0))
+            du = _supervised_slope(supervision, on, b_band, u, g)
             da_all -= du * u * inverse
         da_own += da_all
         da_wrong += da_all
@@ -637,6 +759,76 @@ def gradient_kernel(
             tl.store(p_row_out + c * s_dz_class + o_dz, dz.to(p_dz.dtype.element_ty), mask=m)
 
 
+@triton.jit(do_not_specialize=["voxels", "K", "ignore_index"])
+def many_gradient_kernel(
+    p_z, p_label, p_mask, p_band, p_image, p_table, p_coefficients, p_means, p_up, p_dz,
+    voxels, K,
+    s_image, s_class, s_voxel, s_dz_image, s_dz_class, s_dz_voxel, s_coefficients,
+    ignore_index, prior_sum, error_factor, official,
+    KIND: tl.constexpr, EVIDENCE: tl.constexpr, BELOW_ONE: tl.constexpr, HAS_MASK: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`gradient_kernel` with a loop over the classes, twice."""
+    i_image = tl.program_id(1).to(tl.int64)
+    s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
+    s_dz_class, s_dz_voxel = tl.cast(s_dz_class, tl.int64), tl.cast(s_dz_voxel, tl.int64)
+    o_voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m = o_voxel < voxels
+    p_z += i_image * s_image
+    p_dz += i_image * s_dz_image
+    p_coefficients += i_image * s_coefficients
+    o_first = i_image * voxels
+    b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_voxel, m, ignore_index, HAS_MASK)
+    up = tl.load(p_up).to(tl.float32)
+    weight = _weight(p_table, b_label, K)
+    w_ace, w_kl = tl.load(p_coefficients) * up * weight, tl.load(p_coefficients + 1) * up * weight
+
+    e_y = tl.zeros([BLOCK], tl.float32)
+    t, squares, dp_a = e_y, e_y, e_y
+    for c in range(0, K):
+        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted), EVIDENCE)
+        is_y = b_label == c
+        a = e + tl.load(p_table + c)
+        e_y = tl.where(is_y, e, e_y)
+        t = tl.where(is_y, t, t + e)
+        squares = tl.where(is_y, squares, squares + a * a)
+        dp_a += tl.load(p_coefficients + 2 + K + c) * up * a
+    b_y = _own(p_table, b_label, K)
+    a_y = e_y + b_y
+    gap = t + (prior_sum - b_y)
+    total = a_y + gap
+    inverse = special.reciprocal(total)
+    c_tp = _own(p_coefficients + 2, b_label, K) * up
+    da_all, da_own, da_wrong, per_a = _slopes(
+        a_y, gap, total, inverse, squares, t + (prior_sum + official * (1.0 - b_y)), dp_a + c_tp * a_y, c_tp,
+        w_ace, w_kl, prior_sum, error_factor, KIND, BELOW_ONE,
+    )  # fmt: skip
+    if GRADIENT != 0:
+        b_band = tl.load(p_band + o_first + o_voxel, mask=m, other=0)
+        on = counted & (b_band == _BOUNDARY)
+        g = tl.load(p_image + o_first + o_voxel, mask=on, other=0.0).to(tl.float32)
+        u = prior_sum * inverse
+        supervision = _load_supervision(p_coefficients + 2 + 2 * K, p_means + 2 * i_image, up)
+        du = _supervised_slope(supervision, on, b_band, u, g)
+        da_all -= du * u * inverse
+    da_own += da_all
+    da_wrong += da_all
+
+    for c in range(0, K):
+        logit = _load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted)
+        e = special.evidence(logit, EVIDENCE)
+        is_y = b_label == c
+        b = tl.load(p_table + c)
+        a = e + b
+        da = _own_slope(a, b, is_y, w_ace, w_kl, KIND, BELOW_ONE)
+        da += tl.load(p_coefficients + 2 + K + c) * up * inverse + tl.where(is_y, da_own, da_wrong + per_a * a)
+        dz = tl.where(counted, special.evidence_slope(logit, e, EVIDENCE) * da, 0.0)
+        tl.store(p_dz + c * s_dz_class + o_voxel * s_dz_voxel, dz.to(p_dz.dtype.element_ty), mask=m)
+
+
+# Classes up to which the sweeps are unrolled over them; beyond, they loop.
+MOST_UNROLLED = 32
+_MANY_BLOCK = 512
 # Steps of a program on large volumes, and how many programs keep a GPU busy.
 _STEPS, _ENOUGH_PROGRAMS = 32, 2048
 _REDUCE_BLOCK = 1024
@@ -645,14 +837,12 @@ NUM_WARPS = 4
 
 
 class Source(NamedTuple):
-    """What the supervised loss reads besides: `image` is the gradient magnitude already where `cached`."""
+    """What the supervised loss reads besides: the image and its filter (operator, spacing, padding mode, channel
+    reduction), or where `cached` the gradient magnitude as `image`."""
 
     band: Tensor
     image: Tensor
-    operator: str
-    spacing: tuple[float, ...]
-    padding_mode: str
-    channel_reduction: str
+    filter: tuple[str, tuple[float, ...], str, str]
     cached: bool
 
 
@@ -669,8 +859,9 @@ def table(formula: Formula, device: torch.device) -> Tensor:
 
 
 class _Launch(NamedTuple):
-    """The arguments that both sweeps share, and their grid."""
+    """The arguments that both sweeps share, and their grid; `many` says that they loop over the classes."""
 
+    many: bool
     grid: tuple[int, int]
     inputs: tuple[Tensor, ...]
     sizes: tuple[int, ...]
@@ -682,52 +873,61 @@ def _launch(logits: Tensor, target: Tensor, mask: Tensor | None, formula: Formul
     n, k, *spatial = logits.shape
     # A view where the spatial axes are evenly spaced, else a contiguous copy.
     z = flat(logits)
-    voxels, block = z.shape[2], block_size(k)
-    depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-    band = image = z
-    gradient, channels, dims, scales, centre = NO_GRADIENT, 1, 3, (0.0, 0.0, 0.0), 0.0
-    padding, reduction = "replicate", "l2"
-    plane, planes = block, cdiv(voxels, block)
-    march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
+    voxels = z.shape[2]
+    many = k > MOST_UNROLLED
+    gradient, band, image = NO_GRADIENT, z, z
     if source is not None:
         gradient, band, image = CACHED, source.band.contiguous(), source.image.contiguous()
-    if source is not None and not source.cached:
-        padding, scales, centre = (
-            source.padding_mode, axis_scales(source.operator, source.spacing), centre_tap(source.operator)
-        )  # fmt: skip
-        plane, planes, march = height * width, depth, march_length(n * voxels, depth)
-        gradient, channels = MARCHED, image.shape[1]
-        if channels > 1 or len(spatial) == 2:
-            gradient, dims, reduction = FILTERED, len(spatial), source.channel_reduction
-    return _Launch(
-        (cdiv(plane, block) * cdiv(planes, march), n),
-        (
-            z,
-            target.contiguous(),
-            z if mask is None else mask.contiguous().view(torch.uint8),
-            band,
-            image,
-            table(formula, logits.device),
-        ),
-        (voxels, plane, planes, march, channels, depth, height, width, *z.stride()),
-        (float(formula.k if formula.official else 1), float(formula.official), *scales),
-        {
-            "K": k,
-            "KIND": formula.kind,
-            "EVIDENCE": formula.evidence,
-            "UNIT_PRIOR": set(formula.prior) == {1.0},
-            "BELOW_ONE": formula.below_one,
-            "WEIGHTED": bool(formula.class_weight),
-            "HAS_MASK": mask is not None,
-            "GRADIENT": gradient,
-            "DIMS": dims,
-            "CENTRE": centre,
-            "PADDING": padding,
-            "REDUCTION": reduction,
-            "BLOCK": block,
-            "num_warps": NUM_WARPS,
-        },
+    filtered = source is not None and not source.cached
+    if many and filtered and source is not None:
+        image = gradient_magnitude.forward(image, *source.filter, 0.0)
+        filtered = False
+    inputs = (
+        z,
+        target.contiguous(),
+        z if mask is None else mask.contiguous().view(torch.uint8),
+        band,
+        image,
+        table(formula, logits.device),
     )
+    scalars = (float(k if formula.official else 1), float(formula.official))
+    options: dict[str, Any] = {
+        "KIND": formula.kind,
+        "EVIDENCE": formula.evidence,
+        "BELOW_ONE": formula.below_one,
+        "HAS_MASK": mask is not None,
+        "GRADIENT": gradient,
+        "BLOCK": _MANY_BLOCK if many else block_size(k),
+        "num_warps": NUM_WARPS,
+    }
+    block = options["BLOCK"]
+    if many:
+        return _Launch(True, (cdiv(voxels, block), n), inputs, (voxels, k, *z.stride()), scalars, options)
+
+    depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
+    plane, planes = block, cdiv(voxels, block)
+    march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
+    channels, dims, scales, centre, padding, reduction = 1, 3, (0.0, 0.0, 0.0), 0.0, "replicate", "l2"
+    if filtered and source is not None:
+        operator, spacing, padding, reduction = source.filter
+        scales, centre = axis_scales(operator, spacing), centre_tap(operator)
+        plane, planes, march = height * width, depth, march_length(n * voxels, depth)
+        channels, dims = image.shape[1], len(spatial)
+        options["GRADIENT"] = FILTERED
+        if channels == 1 and dims == 3:
+            options["GRADIENT"], reduction = MARCHED, "l2"
+    options |= {
+        "K": k,
+        "UNIT_PRIOR": set(formula.prior) == {1.0},
+        "WEIGHTED": bool(formula.class_weight),
+        "DIMS": dims,
+        "CENTRE": centre,
+        "PADDING": padding,
+        "REDUCTION": reduction,
+    }
+    grid = (cdiv(plane, block) * cdiv(planes, march), n)
+    sizes = (voxels, plane, planes, march, channels, depth, height, width, *z.stride())
+    return _Launch(False, grid, inputs, sizes, (*scalars, *scales), options)
 
 
 def sums(
@@ -747,8 +947,9 @@ def sums(
     result = torch.empty((n, columns), dtype=torch.float64, device=logits.device)
     prior_sum = math.fsum(formula.prior)
     with torch.cuda.device_of(logits):
-        sums_kernel[launch.grid](
-            *launch.inputs, partial, *launch.sizes, ignore_index, prior_sum, math.lgamma(prior_sum), *launch.scalars, **launch.options,
+        (many_sums_kernel if launch.many else sums_kernel)[launch.grid](
+            *launch.inputs, partial, *launch.sizes,
+            ignore_index, prior_sum, math.lgamma(prior_sum), *launch.scalars, **launch.options,
         )  # fmt: skip
         reduce_kernel[(n * columns,)](partial, result, programs, BLOCK=_REDUCE_BLOCK, num_warps=NUM_WARPS)
     return result
@@ -774,7 +975,7 @@ def gradient(
     result = torch.empty_like(logits, memory_format=gradient_format(logits))
     out = flat(result)
     with torch.cuda.device_of(logits):
-        gradient_kernel[launch.grid](
+        (many_gradient_kernel if launch.many else gradient_kernel)[launch.grid](
             *launch.inputs, coefficients, coefficients if means is None else means, upstream, out,
             *launch.sizes, *out.stride(), coefficients.stride(0) if len(coefficients) > 1 else 0,
             ignore_index, math.fsum(formula.prior), *launch.scalars, **launch.options,

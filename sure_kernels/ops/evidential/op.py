@@ -67,7 +67,8 @@ def evidential_finalise(
 
     formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
     weights = Weights(ace_weight, kl_weight, dice_weight, dice_form, include_background)
-    return tuple(kernel.finalise(sums, formula, weights))
+    loss, terms, coefficients = kernel.finalise(sums, formula, weights)
+    return loss, terms, coefficients
 
 
 @evidential_finalise.register_fake

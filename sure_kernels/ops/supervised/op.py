@@ -66,7 +66,7 @@ def supervised_sums(
     if backend == "triton" and band is not None:
         from sure_kernels.ops.evidential import kernel
 
-        source = kernel.Source(band, image, operator, tuple(spacing), padding_mode, channel_reduction, cached)
+        source = kernel.Source(band, image, (operator, tuple(spacing), padding_mode, channel_reduction), cached)
         return kernel.sums(logits, labels, mask, ignore_index, formula, source)
     g = _magnitude(image, operator, spacing, padding_mode, channel_reduction, cached)
     return evidential.sums(logits, labels, formula, g)
@@ -101,7 +101,9 @@ def supervised_finalise(
 
     formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
     weights = Weights(ace_weight, kl_weight, dice_weight, dice_form, include_background)
-    return tuple(kernel.finalise(sums, formula, weights, Supervision(gradient_weight, far_weight, form, relation)))
+    supervision = Supervision(gradient_weight, far_weight, form, relation)
+    loss, terms, coefficients, means = kernel.finalise(sums, formula, weights, supervision)
+    return loss, terms, coefficients, means
 
 
 @supervised_finalise.register_fake
@@ -138,7 +140,7 @@ def supervised_gradient(
     if backend == "triton" and band is not None:
         from sure_kernels.ops.evidential import kernel
 
-        source = kernel.Source(band, image, operator, tuple(spacing), padding_mode, channel_reduction, cached)
+        source = kernel.Source(band, image, (operator, tuple(spacing), padding_mode, channel_reduction), cached)
         return kernel.gradient(logits, labels, mask, ignore_index, coefficients, means, upstream, formula, source)
     g = _magnitude(image, operator, spacing, padding_mode, channel_reduction, cached)
     return evidential.gradient(logits, labels, coefficients * upstream, formula, g, means)
@@ -172,9 +174,9 @@ class SupervisedEvidentialLossFunction(torch.autograd.Function):
         process_group: Any | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        labels, bands = target, band
+        labels, bands = target, (band if backend == "triton" else None)
         if backend != "triton":
-            labels, mask, bands = pack_labels(target, mask, band, formula.k, ignore_index), None, None
+            labels, mask = pack_labels(target, mask, band, formula.k, ignore_index), None
         sums = supervised_sums(logits, labels, mask, bands, ignore_index, image, *filter_, *formula, backend)
         if backend == "triton" and process_group is None:
             loss, terms, coefficients, means = supervised_finalise(sums, *supervision, *weights, *formula)
