@@ -158,7 +158,7 @@ def test_mirroring_an_axis_changes_nothing(case, axis):
 @given(cases())
 def test_ignoring_a_voxel_is_deleting_it(case):
     logits, target, _, options = case
-    n, k = logits.shape[:2]
+    _n, k = logits.shape[:2]
     columns, labels = logits.movedim(1, -1).reshape(-1, k), target.reshape(-1)
     keep = labels != -100
     if options["mask"] is not None:
@@ -316,7 +316,7 @@ def test_special_functions_against_mpmath(below_one):
     x = torch.logspace(low, 6, 400, dtype=torch.float64).float()
     gap = torch.logspace(-3, 4, 400, dtype=torch.float64).float().flip(0)
     b = 0.5
-    psi = lambda v: float(mpmath.digamma(v))  # noqa: E731
+    psi = lambda v: float(mpmath.digamma(v))
     rows = [(float(v), float(d)) for v, d in zip(x, gap, strict=True)]
     expected = {
         "trigamma": [float(mpmath.polygamma(1, v)) for v, _ in rows],
