@@ -36,7 +36,8 @@ class KernelCases:
         flags: the values of each flag. A flag `K` is the number of classes: its values here are not used, the check
             takes its own.
         arguments: (flags) -> Arguments.
-        reachable: whether dispatch can reach this combination.
+        reachable: whether dispatch can reach this combination. Also called with some flags missing: False only where
+            those present rule it out.
     """
 
     kernel: Any
@@ -99,9 +100,11 @@ def _grow(
     strength: int,
 ) -> dict[str, int] | None:
     """`seed` completed flag by flag, best values first, backtracking where no reachable row follows."""
+    if not reachable({n: flags[n][i] for n, i in seed.items()}):
+        return None
     free = [n for n in names if n not in seed]
     if not free:
-        return seed if reachable({n: flags[n][seed[n]] for n in flags}) else None
+        return seed
     name = free[0]
 
     def gain(value: int) -> int:

@@ -16,8 +16,8 @@ With a = e + b, S = sum a, p = a / S, B = sum b, psi the digamma function, h(x, 
 dL/da_k = (dL/dp_k - sum_j p_j dL/dp_j) / S.
 
 FLAGS says which measures are asked for; what belongs to the others is neither computed nor stored. Up to MOST_STATIC
-classes are held in registers, each loop unrolled; beyond, or beyond MOST_STATIC_PAIRS where pairs are unrolled too,
-the `wide` kernels read the logits again in each loop, from cache.
+classes (MOST_STATIC_PAIRS for the dissonance) are held in registers and their loops unrolled. Beyond, compiling would
+take a minute and more, and the `wide` kernels loop at run time: each loop reads the logits again, from cache.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _THROUGH_P = tl.constexpr(sum(_BITS[m] for m in ("probability", "entropy", "expe
 # The smallest normal float32: keeps 0 / 0 at 0.
 _TINY = tl.constexpr(2.0**-126)
 
-MOST_STATIC, MOST_STATIC_PAIRS = 32, 8
+MOST_STATIC, MOST_STATIC_PAIRS = 16, 8
 NUM_WARPS = 4
 
 
@@ -524,7 +524,7 @@ def block_size(k: int) -> int:
 
 def is_wide(k: int, flags: int) -> bool:
     """Whether the kernels that loop at run time serve K classes and these measures."""
-    return k > MOST_STATIC or (k > MOST_STATIC_PAIRS and bool(flags & _BITS["dissonance"]))
+    return k > (MOST_STATIC_PAIRS if flags & _BITS["dissonance"] else MOST_STATIC)
 
 
 @functools.lru_cache(maxsize=64)
@@ -628,8 +628,11 @@ def compile_cases() -> list[KernelCases]:
 
         return build
 
-    def served(wide: bool) -> Callable[[Flags], bool]:
-        return lambda f: mask(f) > 0 and is_wide(f["K"], mask(f)) == wide
+    def some(f: Flags) -> bool:
+        return any(f.get(m, True) for m in MEASURES)
+
+    def unrolled(f: Flags) -> bool:
+        return some(f) and not is_wide(f.get("K", 2), _BITS["dissonance"] * f.get("dissonance", False))
 
     # The kernels that loop at run time compile to the same code for every K beyond their bounds.
     beyond = flags | {"classes": (MOST_STATIC + 1,)}
@@ -640,12 +643,12 @@ def compile_cases() -> list[KernelCases]:
 
     op = "dirichlet_uncertainty"
     return [
-        KernelCases(forward_kernel, op, "forward", flags, arguments(forward_kernel, False), served(False)),
-        KernelCases(backward_kernel, op, "backward", flags, arguments(backward_kernel, True), served(False)),
+        KernelCases(forward_kernel, op, "forward", flags, arguments(forward_kernel, False), unrolled),
+        KernelCases(backward_kernel, op, "backward", flags, arguments(backward_kernel, True), unrolled),
         KernelCases(
-            forward_wide_kernel, op, "forward", beyond, with_classes(arguments(forward_wide_kernel, False)), mask
+            forward_wide_kernel, op, "forward", beyond, with_classes(arguments(forward_wide_kernel, False)), some
         ),
         KernelCases(
-            backward_wide_kernel, op, "backward", beyond, with_classes(arguments(backward_wide_kernel, True)), mask
+            backward_wide_kernel, op, "backward", beyond, with_classes(arguments(backward_wide_kernel, True)), some
         ),
     ]
