@@ -2,11 +2,16 @@
 
 `auto` (the default) takes the fastest backend that works for the tensor; a backend named explicitly, by
 `set_backend`, the `backend` context manager or SURE_KERNELS_BACKEND, is used or refused with the reason.
+
+`triton` serves CUDA and ROCm tensors. On the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1), which is
+for tests: `auto` never takes it there. Nothing is probed when this module is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import os
 from collections.abc import Iterator
 
@@ -16,7 +21,9 @@ from torch import Tensor
 from sure_kernels.validation import check_choice
 
 BACKENDS = ("auto", "triton", "compiled", "eager", "reference")
-IMPLEMENTED = ("eager", "reference")
+TRITON_OPS = ("gradient_magnitude", "dirichlet_uncertainty", "evidential_loss", "supervised_evidential_loss")
+# Triton compiles for NVIDIA GPUs from this compute capability on.
+_OLDEST_CAPABILITY = (7, 0)
 
 _chosen: str | None = None
 
@@ -54,11 +61,75 @@ def requested() -> str:
     return check_choice(os.environ.get("SURE_KERNELS_BACKEND", "auto"), "SURE_KERNELS_BACKEND", BACKENDS)
 
 
-def why_not(name: str, tensor: Tensor | None = None) -> str | None:
-    """Why backend `name` cannot serve `tensor` (or, without one, any tensor here); None where it can."""
-    if name not in IMPLEMENTED:
-        return f"this version of sure_kernels has no {name} kernels"
+@functools.cache
+def _why_not_triton() -> str | None:
+    """Why triton cannot be used at all; None where it imports."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation raises more than ImportError
+        return (
+            f"triton cannot be imported ({type(error).__name__}: {error}); install it with: pip install 'triton>=3.4'"
+        )
     return None
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: decided when triton is imported, and asked only once it is."""
+    knobs = getattr(importlib.import_module("triton"), "knobs", None)
+    if knobs is not None:
+        return bool(knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _why_not_device(index: int) -> str | None:
+    """Why Triton cannot compile for this GPU."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _OLDEST_CAPABILITY:
+        return "Triton needs compute capability {}.{}, this GPU has {}.{}".format(*_OLDEST_CAPABILITY, *capability)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _why_no_triton_for(device: str, index: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot serve a tensor; under torch.compile it is asked for while tracing."""
+    reason = _why_not_triton()
+    if reason is not None:
+        return reason
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32, the tensor is float64"
+    if device == "cuda":
+        return _why_not_device(index)
+    if device != "cpu":
+        return f"the Triton kernels run on CUDA and ROCm devices, the tensor is on {device}"
+    if not _interpreted():
+        return "the tensor is on the CPU, where Triton runs only in its interpreter (set TRITON_INTERPRET=1 first)"
+    return None
+
+
+def _why_no_triton_here() -> str | None:
+    """Why Triton can serve no tensor at all."""
+    reason = _why_not_triton()
+    if reason is None and not torch.cuda.is_available() and not _interpreted():
+        return "there is no CUDA or ROCm device; on the CPU set TRITON_INTERPRET=1 before Python starts, for tests"
+    return reason
+
+
+def why_not(name: str, tensor: Tensor | None = None, op: str | None = None) -> str | None:
+    """Why backend `name` cannot serve `tensor` in `op` (or, without them, anything here); None where it can."""
+    if name == "compiled":
+        return "this version of sure_kernels has no compiled kernels"
+    if name != "triton":
+        return None
+    if op is not None and op not in TRITON_OPS:
+        return f"{op} has no Triton kernels"
+    if tensor is None:
+        return _why_no_triton_here()
+    index = tensor.device.index
+    return _why_no_triton_for(tensor.device.type, 0 if index is None else index, tensor.dtype)
 
 
 def backends() -> dict[str, str | None]:
@@ -66,8 +137,8 @@ def backends() -> dict[str, str | None]:
     return {name: why_not(name) for name in BACKENDS if name != "auto"}
 
 
-def get_backend(tensor: Tensor) -> str:
-    """The backend that serves `tensor`: never `auto`.
+def get_backend(tensor: Tensor, op: str | None = None) -> str:
+    """The backend that serves `tensor`, in the public function `op` where it matters: never `auto`.
 
     Raises BackendUnavailableError (a RuntimeError) when one was asked for that cannot.
     """
@@ -75,8 +146,8 @@ def get_backend(tensor: Tensor) -> str:
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     name = requested()
     if name == "auto":
-        return "eager"
-    reason = why_not(name, tensor)
+        return "triton" if tensor.device.type == "cuda" and why_not("triton", tensor, op) is None else "eager"
+    reason = why_not(name, tensor, op)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve this tensor: {reason}")
     return name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +35,11 @@ class KernelCases:
         kernel: the jitted function.
         op: public name of the op.
         direction: `forward` or `backward`.
-        flags: the values of each flag. A flag `K` is the number of classes: its values here are not used, the check
-            takes its own.
+        flags: the values of each flag. A flag `K` is the number of classes: all that this kernel serves, of which the
+            check takes its own choice.
         arguments: (flags) -> Arguments.
-        reachable: whether dispatch can reach this combination. Also called with some flags missing: False only where
-            those present rule it out.
+        reachable: whether dispatch can reach this combination. Rows not yet complete are tried as well, so as to give
+            up early: a KeyError for a flag not chosen yet counts as reachable.
     """
 
     kernel: Any
@@ -65,14 +67,17 @@ def covering_rows(
     Greedy and deterministic: of the reachable rows, always the one with the most combinations not seen yet, searched
     among rows that contain the first combination missing.
     """
-    names = sorted(flags)
+    asked = _asked(flags, reachable)
+    # Flags that `reachable` asks for are chosen first, so that a dead end is met before much is tried.
+    names = sorted(flags, key=lambda name: (name not in asked, name))
     if len(names) <= strength:
-        return [row for row in _product(flags, names, {}) if reachable(row)]
+        rows = (dict(zip(names, values, strict=True)) for values in itertools.product(*(flags[n] for n in names)))
+        return [row for row in rows if reachable(row)]
     missing: dict[tuple[tuple[str, int], ...], None] = {}
     for group in itertools.combinations(names, strength):
         for chosen in itertools.product(*(range(len(flags[n])) for n in group)):
             missing[tuple(zip(group, chosen, strict=True))] = None
-    rows: list[Flags] = []
+    chosen_rows: list[Flags] = []
     while missing:
         seed = dict(next(iter(missing)))
         indices = _grow(seed, flags, names, missing, reachable, strength)
@@ -81,14 +86,31 @@ def covering_rows(
             continue
         for group in itertools.combinations(names, strength):
             missing.pop(tuple((n, indices[n]) for n in group), None)
-        rows.append({n: flags[n][indices[n]] for n in flags})
-    return rows
+        chosen_rows.append({n: flags[n][indices[n]] for n in flags})
+    return chosen_rows
 
 
-def _product(flags: dict[str, tuple[Any, ...]], names: Iterable[str], fixed: Flags) -> Iterable[Flags]:
-    free = [n for n in names if n not in fixed]
-    for values in itertools.product(*(flags[n] for n in free)):
-        yield {**fixed, **dict(zip(free, values, strict=True))}
+class _Recorder(dict[str, Any]):
+    """A row that notes the flags it is asked for."""
+
+    def __init__(self, row: Flags) -> None:
+        super().__init__(row)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+
+def _asked(flags: dict[str, tuple[Any, ...]], reachable: Callable[[Flags], bool]) -> set[str]:
+    """The flags that `reachable` looks at, from a sample of rows."""
+    draw = random.Random(0)
+    asked: set[str] = set()
+    for _ in range(200):
+        row = _Recorder({name: draw.choice(values) for name, values in flags.items()})
+        reachable(row)
+        asked |= row.asked
+    return asked
 
 
 def _grow(
@@ -100,8 +122,9 @@ def _grow(
     strength: int,
 ) -> dict[str, int] | None:
     """`seed` completed flag by flag, best values first, backtracking where no reachable row follows."""
-    if not reachable({n: flags[n][i] for n, i in seed.items()}):
-        return None
+    with contextlib.suppress(KeyError):
+        if not reachable({n: flags[n][i] for n, i in seed.items()}):
+            return None
     free = [n for n in names if n not in seed]
     if not free:
         return seed
@@ -111,7 +134,7 @@ def _grow(
         chosen = {**seed, name: value}
         others = [n for n in names if n in chosen and n != name]
         groups = itertools.combinations(others, strength - 1)
-        return sum(tuple((n, chosen[n]) for n in sorted((*g, name))) in missing for g in groups)
+        return sum(tuple((n, chosen[n]) for n in sorted((*g, name), key=names.index)) in missing for g in groups)
 
     for value in sorted(range(len(flags[name])), key=lambda v: (-gain(v), v)):
         found = _grow({**seed, name: value}, flags, names, missing, reachable, strength)

@@ -18,7 +18,7 @@ from sure_kernels.compile_check.cases import Flags, KernelCases, covering_rows
 from sure_kernels.compile_check.offline import TARGETS, Outcome, compile_offline
 
 CLASSES = (2, 4, 8, 14, 16, 32)
-ALL_CLASSES = tuple(range(2, 33))
+OTHER_CLASSES = (4,)
 # From here on a spill is reported but no failure.
 MOST_CLASSES_WITHOUT_SPILL = 16
 MAIN_TARGET = "sm_90"
@@ -47,17 +47,22 @@ def kernel_modules() -> list[str]:
 
 
 def jobs(modules: Sequence[str], targets: Sequence[str], full: bool) -> list[Job]:
-    """Every pair of flags with K in CLASSES on the main target and K = 4 elsewhere; or with `full` every triple of
-    flags with every K on the main target, and every pair with K in CLASSES elsewhere."""
+    """What to compile.
+
+    Every pair of flags with K in CLASSES on the main target, and every value of each flag with K = 4 on the others.
+    With `full` every triple of flags with every K on the main target, and every pair with K in CLASSES on the others.
+    """
     found = []
     for module in modules:
         for index, cases in enumerate(importlib.import_module(module).compile_cases()):
             for target in targets:
                 main = target == MAIN_TARGET
+                strength = 1 + main + full
                 flags = dict(cases.flags)
-                if "K" in flags:
-                    flags["K"] = (ALL_CLASSES if full else CLASSES) if main else (CLASSES if full else (4,))
-                rows = covering_rows(flags, cases.reachable, 3 if full and main else 2)
+                if "K" in flags and not (full and main):
+                    wanted = CLASSES if full or main else OTHER_CLASSES
+                    flags["K"] = tuple(k for k in wanted if k in flags["K"])
+                rows = covering_rows(flags, cases.reachable, strength)
                 found += [Job(module, index, row, target) for row in rows]
     return found
 

@@ -595,7 +595,7 @@ def compile_cases() -> list[KernelCases]:
     """What dispatch can reach, for `sure_kernels.compile_check`."""
     flags: dict[str, tuple[Any, ...]] = {
         **dict.fromkeys(MEASURES, (True, False)),
-        "K": (4,),
+        "K": tuple(range(2, MOST_STATIC + 1)),
         "evidence": EVIDENCE,
         "prior": ("unit", "above one", "below one"),
         "dtype": ("float32", "bfloat16", "float16"),
@@ -629,10 +629,10 @@ def compile_cases() -> list[KernelCases]:
         return build
 
     def some(f: Flags) -> bool:
-        return any(f.get(m, True) for m in MEASURES)
+        return any(f[m] for m in MEASURES)
 
     def unrolled(f: Flags) -> bool:
-        return some(f) and not is_wide(f.get("K", 2), _BITS["dissonance"] * f.get("dissonance", False))
+        return not is_wide(f["K"], _BITS["dissonance"] * f["dissonance"]) and some(f)
 
     # The kernels that loop at run time compile to the same code for every K beyond their bounds.
     beyond = flags | {"classes": (MOST_STATIC + 1,)}
