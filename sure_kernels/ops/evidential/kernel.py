@@ -31,11 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib import device_taps as taps
 from sure_kernels.kernel_lib import labels
 from sure_kernels.kernel_lib.chunks import flat
 from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, gradient_format, march_length
+from sure_kernels.kernel_lib.special import EVIDENCE
+from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients, number_of_sums
 from sure_kernels.ops.evidential.reference import SMOOTH_TARGET, SOFT_DICE_EPS, TVERSKY_EPS
 from sure_kernels.ops.gradient_magnitude import kernel as gradient_magnitude
@@ -458,6 +461,7 @@ def many_sums_kernel(
     """`sums_kernel` with a loop over the classes, twice: for more of them than registers hold. One block a program."""
     i_program = tl.program_id(0).to(tl.int64)
     i_image = tl.program_id(1).to(tl.int64)
+    K, voxels = tl.cast(K, tl.int64), tl.cast(voxels, tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     o_voxel = i_program * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m = o_voxel < voxels
@@ -485,7 +489,7 @@ def many_sums_kernel(
     kl += _kl_of_sum(t, b_y, _own(p_table + K, b_label, K), prior_sum, official, BELOW_ONE)
     weight = tl.where(counted, _weight(p_table, b_label, K), 0.0)
 
-    columns = 4 + 3 * tl.cast(K, tl.int64)
+    columns = 4 + 3 * K
     if GRADIENT != 0:
         columns += 8
     s_column = tl.num_programs(0).to(tl.int64)
@@ -500,7 +504,7 @@ def many_sums_kernel(
         e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted), EVIDENCE)
         is_y = b_label == c
         p = (e + tl.load(p_table + c)) * counted_inverse
-        p_class = p_out + tl.cast(c, tl.int64) * s_column
+        p_class = p_out + c * s_column
         tl.store(p_class, tl.sum(tl.where(is_y, p, 0.0)).to(tl.float64))
         tl.store(p_class + K * s_column, tl.sum(p).to(tl.float64))
         tl.store(p_class + 2 * K * s_column, tl.sum(tl.where(is_y, 1.0, 0.0)).to(tl.float64))
@@ -770,6 +774,7 @@ def many_gradient_kernel(
 ):  # fmt: skip
     """`gradient_kernel` with a loop over the classes, twice."""
     i_image = tl.program_id(1).to(tl.int64)
+    K, voxels = tl.cast(K, tl.int64), tl.cast(voxels, tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     s_dz_class, s_dz_voxel = tl.cast(s_dz_class, tl.int64), tl.cast(s_dz_voxel, tl.int64)
     o_voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -846,9 +851,9 @@ class Source(NamedTuple):
     cached: bool
 
 
-def block_size(k: int) -> int:
-    """Voxels of a program at a time: two a thread, one where many classes fill the registers."""
-    return 256 if k <= 8 else 128
+def block_size(k: int, gradient: int) -> int:
+    """Voxels of a program at a time: two a thread, one where many classes or the filter's planes take registers."""
+    return 256 if k <= 8 and gradient <= CACHED else 128
 
 
 @functools.lru_cache(maxsize=64)
@@ -896,34 +901,37 @@ def _launch(logits: Tensor, target: Tensor, mask: Tensor | None, formula: Formul
         "EVIDENCE": formula.evidence,
         "BELOW_ONE": formula.below_one,
         "HAS_MASK": mask is not None,
-        "GRADIENT": gradient,
-        "BLOCK": _MANY_BLOCK if many else block_size(k),
         "num_warps": NUM_WARPS,
     }
-    block = options["BLOCK"]
     if many:
-        return _Launch(True, (cdiv(voxels, block), n), inputs, (voxels, k, *z.stride()), scalars, options)
+        options |= {"GRADIENT": gradient, "BLOCK": _MANY_BLOCK}
+        grid = (cdiv(voxels, _MANY_BLOCK), n)
+        return _Launch(True, grid, inputs, (voxels, k, *z.stride()), scalars, options)
 
     depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-    plane, planes = block, cdiv(voxels, block)
-    march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
     channels, dims, scales, centre, padding, reduction = 1, 3, (0.0, 0.0, 0.0), 0.0, "replicate", "l2"
     if filtered and source is not None:
         operator, spacing, padding, reduction = source.filter
         scales, centre = axis_scales(operator, spacing), centre_tap(operator)
-        plane, planes, march = height * width, depth, march_length(n * voxels, depth)
-        channels, dims = image.shape[1], len(spatial)
-        options["GRADIENT"] = FILTERED
+        gradient, channels, dims = FILTERED, image.shape[1], len(spatial)
         if channels == 1 and dims == 3:
-            options["GRADIENT"], reduction = MARCHED, "l2"
+            gradient, reduction = MARCHED, "l2"
+    block = block_size(k, gradient)
+    if filtered:
+        plane, planes, march = height * width, depth, march_length(n * voxels, depth)
+    else:
+        plane, planes = block, cdiv(voxels, block)
+        march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
     options |= {
         "K": k,
         "UNIT_PRIOR": set(formula.prior) == {1.0},
         "WEIGHTED": bool(formula.class_weight),
+        "GRADIENT": gradient,
         "DIMS": dims,
         "CENTRE": centre,
         "PADDING": padding,
         "REDUCTION": reduction,
+        "BLOCK": block,
     }
     grid = (cdiv(plane, block) * cdiv(planes, march), n)
     sizes = (voxels, plane, planes, march, channels, depth, height, width, *z.stride())
@@ -1018,3 +1026,104 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights) -> Finalised:
             weights.ace, weights.kl, weights.dice, **finalise_options(formula, weights),
         )  # fmt: skip
     return out
+
+
+def compile_cases() -> list[KernelCases]:
+    """What dispatch can reach, for `sure_kernels.compile_check`; flags that a mode ignores vary with it."""
+    formula_flags: dict[str, tuple[Any, ...]] = {
+        "kind": ("digamma", "log", "mse"),
+        "evidence": EVIDENCE,
+        "prior": ("unit", "above_one", "below_one"),
+        "mask": (False, True),
+        "dtype": ("float32", "bfloat16", "float16"),
+        "labels": ("u8", "i8", "i16", "i32", "i64"),
+        "contiguous": (True, False),
+    }
+    unrolled = formula_flags | {
+        "K": tuple(range(2, MOST_UNROLLED + 1)),
+        "weighted": (False, True),
+        "gradient": ("none", "cached", "marched", "filtered 2D", "filtered 3D"),
+        "operator": OPERATORS,
+        "padding": PADDING_MODES,
+        "reduction": CHANNEL_REDUCTIONS,
+    }
+    looped = formula_flags | {"gradient": ("none", "cached")}
+    modes = {"none": NO_GRADIENT, "cached": CACHED, "marched": MARCHED}
+
+    def arguments(kernel: Any, f: Flags) -> Arguments:
+        pointer = pointer_type(f["dtype"])
+        types = {name: "*fp32" for name in kernel.arg_names if name.startswith("p_")}
+        types |= {"p_z": pointer, "p_dz": pointer, "p_label": f"*{f['labels']}", "p_mask": "*u8", "p_band": "*u8"}
+        types |= {"p_partial": "*fp64"}
+        types |= {name: "i64" for name in kernel.arg_names if name.startswith("s_")}
+        types |= dict.fromkeys(("voxels", "K", "plane", "depth", "march", "channels", "D", "H", "W"), "i32")
+        types |= dict.fromkeys(("ignore_index",), "i32")
+        floats = ("prior_sum", "lgamma_prior_sum", "error_factor", "official", "scale_d", "scale_h", "scale_w")
+        types |= dict.fromkeys(floats, "fp32")
+        gradient = modes.get(f["gradient"], FILTERED)
+        constants = {
+            "KIND": f["kind"],
+            "EVIDENCE": f["evidence"],
+            "BELOW_ONE": f["prior"] == "below_one",
+            "HAS_MASK": f["mask"],
+            "GRADIENT": gradient,
+            "BLOCK": block_size(f["K"], gradient) if "K" in f else _MANY_BLOCK,
+        }
+        if "K" in f:
+            constants |= {
+                "K": f["K"],
+                "UNIT_PRIOR": f["prior"] == "unit",
+                "WEIGHTED": f["weighted"],
+                "DIMS": 2 if f["gradient"] == "filtered 2D" else 3,
+                "CENTRE": centre_tap(f["operator"]),
+                "PADDING": f["padding"],
+                "REDUCTION": f["reduction"],
+            }
+        if f["contiguous"]:
+            constants |= {name: 1 for name in ("s_voxel", "s_dz_voxel") if name in kernel.arg_names}
+        return Arguments(types, constants, NUM_WARPS)
+
+    def finalise(f: Flags) -> Arguments:
+        types = dict.fromkeys(finalise_kernel.arg_names, "fp32") | {"images": "i32", "p_sums": "*fp64"}
+        types |= dict.fromkeys(("p_table", "p_loss", "p_terms", "p_coefficients"), "*fp32")
+        return Arguments(types, finalise_constants(f), _FINALISE_WARPS)
+
+    def reduce(f: Flags) -> Arguments:
+        types = {"p_partial": "*fp64", "p_sums": "*fp64", "programs": "i32"}
+        return Arguments(types, {"BLOCK": _REDUCE_BLOCK}, NUM_WARPS)
+
+    sweeps = (
+        (sums_kernel, "forward", unrolled),
+        (gradient_kernel, "backward", unrolled),
+        (many_sums_kernel, "forward", looped),
+        (many_gradient_kernel, "backward", looped),
+    )
+    cases = [
+        KernelCases(kernel, "evidential_loss", direction, flags, functools.partial(arguments, kernel))
+        for kernel, direction, flags in sweeps
+    ]
+    return [
+        *cases,
+        KernelCases(reduce_kernel, "evidential_loss", "forward", {}, reduce),
+        KernelCases(finalise_kernel, "evidential_loss", "forward", finalise_flags(), finalise),
+    ]
+
+
+def finalise_flags() -> dict[str, tuple[Any, ...]]:
+    """Flags of the kernels that finalise."""
+    return {
+        "K": tuple(range(2, MOST_UNROLLED + 1)),
+        **dict.fromkeys(("adaptive", "background", "weighted"), (False, True)),
+    }
+
+
+def finalise_constants(f: Flags) -> dict[str, Any]:
+    """Compile-time arguments of the kernels that finalise, from their flags."""
+    return {
+        "K": f["K"],
+        "ADAPTIVE": f["adaptive"],
+        "BACKGROUND": f["background"],
+        "WEIGHTED": f["weighted"],
+        "CLASSES": triton.next_power_of_2(f["K"]),
+        "ROWS": _FINALISE_ROWS,
+    }

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases
 from sure_kernels.ops.evidential import kernel as evidential
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients
 from sure_kernels.ops.supervised.closed_form import Supervision
@@ -63,9 +64,6 @@ def finalise_kernel(
     """Loss, terms (5,), coefficients and means of each image from its sums: both ops' `finalise` in one launch."""
     COLUMNS: tl.constexpr = 12 + 3 * K
     COEFFICIENTS: tl.constexpr = 5 + 2 * K
-    ace, kl, dice, c_ace, c_kl, c_tp, c_p = evidential.finalised(
-        p_sums, p_table, images, w_ace, w_kl, w_dice, K, COLUMNS, ADAPTIVE, BACKGROUND, WEIGHTED, CLASSES, ROWS
-    )
     p_moments = p_sums + 4 + 3 * K
     far_n = tl.maximum(evidential.sum_column(p_moments + 6, images, COLUMNS, ROWS), 1.0)
     far = evidential.sum_column(p_moments + 7, images, COLUMNS, ROWS) / far_n
@@ -86,6 +84,10 @@ def finalise_kernel(
         tl.store(p_row + 2, tl.zeros([ROWS], tl.float32) + c_far, mask=m)
         tl.store(p_means + 2 * o_row, g_mean.to(tl.float32), mask=m)
         tl.store(p_means + 2 * o_row + 1, u_mean.to(tl.float32), mask=m)
+    # After the loop above: its registers are free then.
+    ace, kl, dice, c_ace, c_kl, c_tp, c_p = evidential.finalised(
+        p_sums, p_table, images, w_ace, w_kl, w_dice, K, COLUMNS, ADAPTIVE, BACKGROUND, WEIGHTED, CLASSES, ROWS
+    )
     for i in range(0, images):
         p_row = p_coefficients + tl.cast(i, tl.int64) * COEFFICIENTS
         evidential.store_coefficients(p_row, c_ace, c_kl, c_tp, c_p, K, CLASSES)
@@ -125,3 +127,15 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights, supervision: Supe
             CORRELATION=supervision.form == "correlation", **evidential.finalise_options(formula, weights),
         )  # fmt: skip
     return out
+
+
+def compile_cases() -> list[KernelCases]:
+    """What dispatch can reach, for `sure_kernels.compile_check`; the sweeps are in `evidential.kernel`."""
+
+    def arguments(f: Flags) -> Arguments:
+        types = dict.fromkeys(finalise_kernel.arg_names, "fp32") | {"images": "i32", "p_sums": "*fp64"}
+        types |= dict.fromkeys(("p_table", "p_loss", "p_terms", "p_coefficients", "p_means"), "*fp32")
+        return Arguments(types, evidential.finalise_constants(f) | {"CORRELATION": f["correlation"]}, num_warps=1)
+
+    flags = evidential.finalise_flags() | {"correlation": (False, True)}
+    return [KernelCases(finalise_kernel, "supervised_evidential_loss", "forward", flags, arguments)]
