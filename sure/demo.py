@@ -22,10 +22,10 @@ SETTINGS = TrainConfig(
     patch_size=SHAPE,
     channels=(8, 16, 32, 64),
     folds=4,
-    epochs=80,
+    epochs=90,
     batch_size=2,
-    lr=8e-3,
-    gradient_weight=100.0,
+    lr=5e-3,
+    gradient_weight=50.0,
     far_weight=10.0,
     validate_every=0,
 )
