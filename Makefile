@@ -1,6 +1,6 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format bench clean
+.PHONY: help venv demo test test-all compile-check compile-check-full gpu-check lint format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## make or refresh .venv with everything that demo and tests need
 
@@ -25,6 +25,15 @@ test: venv ## the test suite
 
 test-all: venv ## the test suite with the long cases
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+compile-check: venv ## compile every kernel for four GPU families, with every pair of its flags; fails on spills
+	$(BIN)/python -m sure_kernels.compile_check
+
+compile-check-full: venv ## every triple of flags and every K (an hour); writes docs/compile-check.md
+	$(BIN)/python -m sure_kernels.compile_check --full --output docs/compile-check.md
+
+gpu-check: venv ## on a machine with a GPU: kernel tests compiled, then the benchmarks
+	PATH=$(abspath $(BIN)):$$PATH scripts/gpu_check.sh
 
 lint: venv ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -56,17 +56,20 @@ class TestValues:
         prior = (1.0, 0.3, 2.0)
         compare(logits((1, 3, 3, 2, 5), device), tolerance=FLOAT32_GRADIENT_LARGE, prior=prior, measures=(measure,))
 
-    @pytest.mark.parametrize("k", [2, 3, 8, 9, 16, 17, 33])
+    @pytest.mark.parametrize("k", [3, 8, 9, 16, 17])
     def test_classes(self, k, device):
         """On both sides of the bounds between unrolled and run-time loops."""
         measures = ("dissonance", "entropy") if k in (8, 9) else ("differential_entropy", "probability", "vacuity")
         compare(logits((1, k, 3, 3), device), measures=measures)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("kind", UPSTREAM)
-    def test_layouts(self, layout, kind, device):
+    def test_layouts(self, layout, device):
         measures = ("vacuity", "probability", "entropy")
-        compare(laid_out(logits((2, 3, 3, 4, 5), device), layout), kind, measures=measures)
+        compare(laid_out(logits((2, 3, 3, 4, 5), device), layout), measures=measures)
+
+    @pytest.mark.parametrize("kind", UPSTREAM)
+    def test_upstream_gradients(self, kind, device):
+        compare(logits((2, 3, 3, 4), device), kind, measures=("vacuity", "probability"))
 
     @pytest.mark.parametrize("shape", [(1, 2, 1, 1), (3, 2, 1, 1, 1), (2, 4, 17, 19)])
     def test_shapes(self, shape, device):
