@@ -47,9 +47,13 @@ def loops(request, monkeypatch):
 class TestValues:
     @pytest.mark.parametrize("evidence", EVIDENCE)
     @pytest.mark.parametrize("prior", PRIORS)
-    def test_every_measure_together(self, evidence, prior, loops, device):
+    def test_every_measure_together(self, evidence, prior, device):
         k = {"unit": 4, "above one": 2, "below one": 5}[prior]
         compare(logits((2, k, 3, 5), device), evidence=evidence, prior=PRIORS[prior], measures=MEASURES)
+
+    def test_every_measure_in_loops_at_run_time(self, monkeypatch, device):
+        monkeypatch.setattr(kernel, "is_wide", lambda k, flags: True)
+        compare(logits((2, 4, 3, 5), device), prior=(0.3, 1.0, 2.0, 0.01), measures=MEASURES)
 
     @pytest.mark.parametrize("measure", MEASURES)
     def test_each_measure_alone(self, measure, loops, device):
