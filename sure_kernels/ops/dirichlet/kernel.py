@@ -18,6 +18,9 @@ dL/da_k = (dL/dp_k - sum_j p_j dL/dp_j) / S.
 FLAGS says which measures are asked for; what belongs to the others is neither computed nor stored. Up to MOST_STATIC
 classes (MOST_STATIC_PAIRS for the dissonance) are held in registers and their loops unrolled. Beyond, compiling would
 take a minute and more, and the `wide` kernels loop at run time: each loop reads the logits again, from cache.
+
+Instructions a voxel, K = 4, bfloat16, softplus, sm_90: 152 forward and 224 backward for probability and vacuity, 828
+and 1000 for every measure. Bytes: the logits once, 4 for each number of the measures, backward the gradient as well.
 """
 
 from __future__ import annotations
@@ -79,7 +82,7 @@ def _load_prior(p_prior, c, UNIT_PRIOR: tl.constexpr):
 
 @triton.jit
 def _digamma_next(x):
-    """(ln y, polynomial) of digamma(x + 1) = ln y + polynomial, with t = 1 / y in front."""
+    """(t, polynomial) of digamma(x + 1) = polynomial - ln t."""
     t = special.reciprocal(x + special.SHIFT_NEXT)
     return t, special.digamma_polynomial(t)
 

@@ -17,6 +17,9 @@ in two kernels: `_sweep_kernel` writes w_c D_d, `_adjoint_kernel` gathers. For a
 float32 image that is 8 bytes read and 12 written, then 12 read and 4 written, with 9 and 27 loads. One kernel would
 have to form the components of 27 neighbours from 5 x 5 x 5 voxels of the image: marching, 25 loads and nine times the
 arithmetic to save 24 bytes. The scratch is 12 bytes a voxel and channel (8 in 2D), freed on return.
+
+Instructions a voxel in the marching loops, 3D Sobel, bfloat16, replicate (extrapolate), sm_90: 93 (135) forward,
+118 (162) and 179 (200) backward.
 """
 
 from __future__ import annotations
