@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sure_kernels.kernel_lib.distributed import global_sum
+from sure_kernels.kernel_lib.labels import counted_voxels
 from sure_kernels.ops.dirichlet.reference import activation, class_vector
 
 SMOOTH_TARGET = 1e-3
@@ -73,7 +74,7 @@ def evidential_terms(
     """(ACE, KL, Dice loss), unweighted scalars; `target` is (N, *spatial), `mask` boolean or None."""
     k = logits.shape[1]
     z = logits if logits.dtype == torch.float64 else logits.float()
-    valid = target != ignore_index
+    valid = counted_voxels(target, ignore_index)
     if mask is not None:
         valid = valid & mask
     # Replaced, not multiplied by 0: NaN logits in voxels that do not count must not reach the sums.
