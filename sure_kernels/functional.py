@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sure_kernels import validation as check
 from sure_kernels.backends import get_backend
-from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR
+from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR, counted_voxels
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
-from sure_kernels.ops.boundary_distance import closed_form as distance_closed_form
+from sure_kernels.ops.boundary_distance import op as distance_op
 from sure_kernels.ops.boundary_distance import reference as distance_reference
 from sure_kernels.ops.dirichlet import reference as dirichlet_reference
 from sure_kernels.ops.dirichlet.op import DirichletUncertaintyFunction
@@ -92,7 +92,7 @@ def gradient_magnitude(
         check.check_choice(channel_reduction, "channel_reduction", CHANNEL_REDUCTIONS),
         check.check_number(eps, "eps"),
     )
-    backend = get_backend(x)
+    backend = get_backend(x, "gradient_magnitude")
     if backend == "reference":
         return gradient_reference.gradient_magnitude(x, *options)
     return GradientMagnitudeFunction.apply(x, *options, backend)
@@ -132,7 +132,7 @@ def dirichlet_uncertainty(
         check.check_choice(name, "measures", MEASURES)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"measures: expected one or more different names, got {names}")
-    backend = get_backend(z)
+    backend = get_backend(z, "dirichlet_uncertainty")
     if backend == "reference":
         values = dirichlet_reference.dirichlet_uncertainty(z, evidence=evidence, prior=b, measures=names)
     else:
@@ -178,6 +178,7 @@ def _check_common(
     ignore_index: int,
     mask: Tensor | None,
     compat: str | None,
+    op: str,
 ) -> _Common:
     z = check.check_logits(logits)
     n, k, *spatial = z.shape
@@ -198,7 +199,7 @@ def _check_common(
     ignore_index = check.check_int(ignore_index, "ignore_index")
     counted = check.check_mask(mask, n, spatial, z)
     labels = check.check_target(target, z, ignore_index, counted)
-    return _Common(z, labels, counted, ignore_index, formula, weights, get_backend(z))
+    return _Common(z, labels, counted, ignore_index, formula, weights, get_backend(z, op))
 
 
 def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +223,7 @@ def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor
 def _explain(loss: Tensor, common: _Common) -> None:
     """Name the voxel when the loss is not finite because the logits were not."""
     if check.values_checked(common.logits) and not bool(torch.isfinite(loss)):
-        valid = common.target != common.ignore_index
+        valid = counted_voxels(common.target, common.ignore_index)
         check.explain_non_finite(loss, common.logits, valid if common.mask is None else valid & common.mask)
 
 
@@ -289,6 +290,7 @@ def evidential_loss(
         ignore_index=ignore_index,
         mask=mask,
         compat=compat,
+        op="evidential_loss",
     )
     w = common.weights
     if common.backend == "reference":
@@ -341,8 +343,8 @@ def boundary_distance(
     if labels.dtype not in check.INT_DTYPES:
         raise TypeError(f"target: expected an integer index map, got {labels.dtype}")
     ndim = spatial_dims
-    if ndim is None and spacing is not None and not isinstance(spacing, (int, float)):
-        ndim = len(spacing)
+    if ndim is None and spacing is not None and hasattr(spacing, "__len__") and getattr(spacing, "ndim", 1):
+        ndim = len(spacing)  # type: ignore[arg-type]
     if ndim is None:
         ndim = labels.ndim - 1
     if ndim not in (2, 3):
@@ -358,10 +360,18 @@ def boundary_distance(
     if max_distance is not None:
         max_distance = check.check_number(max_distance, "max_distance", infinite=True)
     ignore_index = check.check_int(ignore_index, "ignore_index")
-    module = distance_reference if get_backend(labels) == "reference" else distance_closed_form
-    return module.boundary_distance(
-        check.torch_integer(labels), max_distance=max_distance, spacing=steps, ignore_index=ignore_index
-    )
+    backend = get_backend(labels, "boundary_distance")
+    return _distance(check.torch_integer(labels), max_distance, steps, ignore_index, backend)
+
+
+def _distance(
+    labels: Tensor, max_distance: float | None, spacing: tuple[float, ...], ignore_index: int, backend: str
+) -> Tensor:
+    if backend == "reference":
+        return distance_reference.boundary_distance(
+            labels, max_distance=max_distance, spacing=spacing, ignore_index=ignore_index
+        )
+    return distance_op.boundary_distance(labels, max_distance, spacing, ignore_index)
 
 
 def boundary_band(
@@ -484,6 +494,7 @@ def supervised_evidential_loss(
         ignore_index=ignore_index,
         mask=mask,
         compat=compat,
+        op="supervised_evidential_loss",
     )
     form = check.check_choice(supervision, "supervision", SUPERVISIONS)
     if form == "exact":
@@ -586,15 +597,9 @@ def _band_for(
             raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
         _refuse_gradient(distances, "distance")
         return _band_of(distances, *thresholds)
-    boundary, near, far = thresholds
-    return boundary_band(
-        common.target,
-        near=near,
-        far=far,
-        boundary=boundary,
-        spacing=spacing,
-        ignore_index=common.ignore_index,
-    ).squeeze(1)
+    # Whatever serves the loss: the distance has no kernel of its own to insist on.
+    distances = _distance(common.target, thresholds[2], spacing, common.ignore_index, common.backend)
+    return _band_of(distances, *thresholds).squeeze(1)
 
 
 def _reference_supervised(
@@ -606,7 +611,7 @@ def _reference_supervised(
     process_group: Any | None,
 ) -> tuple[Tensor, Tensor]:
     ace, kl, dice = _reference_terms(common, process_group)
-    counted = common.target != common.ignore_index
+    counted = counted_voxels(common.target, common.ignore_index)
     if common.mask is not None:
         counted = counted & common.mask
     z = torch.where(counted.unsqueeze(1), common.logits, 0.0)

@@ -88,13 +88,11 @@ OPS = (
         "boundary_distance",
         lambda g, k, s, d: ((blobs(g, k, s),), {"max_distance": 4.0}),
         differentiable=False,
-        parts=("reference", "closed_form"),
     ),
     OpSpec(
         "boundary_band",
         "boundary_distance",
         lambda g, k, s, d: ((blobs(g, k, s),), {"near": 4.0, "far": 4.0}),
         differentiable=False,
-        parts=("reference", "closed_form"),
     ),
 )

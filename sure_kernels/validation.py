@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from sure_kernels.kernel_lib.labels import counted_voxels
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (
@@ -90,9 +93,13 @@ def check_target(
     index_shape = (n, *spatial)
     check_same_device(tensor, "target", logits, owner)
     if shape_of(tensor) == shape_of(logits):
+        if tensor.dtype in INT_DTYPES:
+            tensor = torch_integer(tensor)
         if values_checked(tensor):
-            total = tensor.sum(1, dtype=torch.float64) if tensor.is_floating_point() else tensor.sum(1)
-            if not (bool((total == 1).all()) and bool((tensor.amax(1) == 1).all())):
+            single = ((tensor == 0) | (tensor == 1)).all(1) & ((tensor == 1).sum(1) == 1)
+            if mask is not None:
+                single = single | ~mask
+            if not bool(single.all()):
                 raise ValueError(
                     f"target: shape {shape_of(tensor)} is read as one-hot, but not every voxel holds a single 1"
                 )
@@ -128,7 +135,7 @@ def check_label_range(target: Tensor, k: int, ignore_index: int, mask: Tensor | 
     low, high = (int(v) for v in torch.aminmax(target))
     if low >= 0 and high < k:
         return
-    wrong = ((target < 0) | (target >= k)) & (target != ignore_index)
+    wrong = ((target < 0) | (target >= k)) & counted_voxels(target, ignore_index)
     if mask is not None:
         wrong = wrong & mask
     if bool(wrong.any()):
@@ -186,7 +193,7 @@ def check_number(
     value: object, name: str, *, minimum: float = 0.0, exclusive: bool = False, infinite: bool = False
 ) -> float:
     """A finite Python number of at least `minimum` (above it where `exclusive`)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     number = float(value)
     too_small = number <= minimum if exclusive else number < minimum
@@ -202,7 +209,7 @@ def number_tuple(value: Numbers, name: str, length: int, owner: str) -> tuple[fl
         if value.ndim > 1:
             raise ValueError(f"{name}: expected one number or {length}, got shape {shape_of(value)}")
         value = value.tolist()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return (float(value),) * length
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         try:
@@ -247,9 +254,12 @@ def check_spacing(spacing: Numbers | None, ndim: int) -> tuple[float, ...]:
 
 
 def check_int(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    return value
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {number}")
+    return number
 
 
 def explain_non_finite(value: Tensor, logits: Tensor, valid: Tensor | None) -> None:

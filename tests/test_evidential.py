@@ -392,3 +392,34 @@ def test_textbook_form_keeps_many_times_the_logits():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         sk.reference.evidential_loss(logits, target)
     assert sum(saved.values()) > 7 * logits.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("k", [62, 63, 70])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+)
+def test_many_classes_in_every_integer_type(k, dtype):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn((1, k, 6, 7), generator=g)
+    target = torch.randint(0, k, (1, 6, 7), generator=g)
+    expected = run(sk.reference, logits.double(), target, None, {"return_terms": True})
+    assert_close(run(sk, logits, target.to(dtype), None, {"return_terms": True}), expected, 2e-6, 1e-5)
+
+
+def test_ignore_index_that_the_label_type_cannot_hold():
+    logits = torch.randn((1, 200, 4, 4), generator=torch.Generator().manual_seed(0))
+    target = torch.full((1, 4, 4), 156, dtype=torch.uint8)  # -100 in eight bits
+    for namespace in (sk, sk.reference):
+        got = namespace.evidential_loss(logits, target)
+        torch.testing.assert_close(got, namespace.evidential_loss(logits, target.long()))
+        assert float(got) > 1
+    with pytest.raises(ValueError, match=r"target: expected labels in \[0, 2\].*got \[156\]"):
+        sk.evidential_loss(logits[:, :3], target)
+    with pytest.raises(ValueError, match="ignore_index: expected a 64-bit integer"):
+        sk.evidential_loss(logits, target, ignore_index=2**70)
+
+
+def test_dissonance_of_huge_evidence():
+    logits = torch.full((1, 3, 2, 2), 1e20)
+    got = sk.dirichlet_uncertainty(logits, evidence="relu", measures="dissonance").dissonance
+    torch.testing.assert_close(got, torch.ones_like(got))

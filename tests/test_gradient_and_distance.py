@@ -169,6 +169,13 @@ def test_band_follows_from_the_distance(seed, dims):
     assert torch.equal(band, sk.reference.boundary_band(labels, near=2.0, far=4.0))
 
 
+def test_labels_of_any_width():
+    labels = torch.tensor([[[0, 2**40], [2**40, 2**40]]])
+    assert float(sk.boundary_distance(labels).max()) == 0
+    # 156 is -100 in eight bits, and no ignored voxel.
+    assert float(sk.boundary_distance(torch.tensor([[[0, 156], [0, 0]]], dtype=torch.uint8)).max()) == 0
+
+
 def test_channel_axis_of_distance():
     labels = torch.randint(0, 3, (2, 1, 6, 7))
     a = sk.boundary_distance(labels, spatial_dims=2)

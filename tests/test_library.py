@@ -96,11 +96,9 @@ def test_importing_needs_neither_triton_nor_the_training_extra():
         "import torch, sure_kernels as sk\n"
         "z = torch.randn(1, 3, 4, 4)\n"
         "sk.evidential_loss(z, torch.zeros(1, 4, 4, dtype=torch.long))\n"
-        "try: sk.boundary_distance(torch.zeros(1, 4, 4, dtype=torch.long))\n"
-        "except ImportError as error: print(error)\n"
+        "sk.boundary_distance(torch.zeros(1, 4, 4, dtype=torch.long))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "sure-kernels[train]" in result.stdout
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_backends_explain_themselves():
@@ -141,9 +139,6 @@ def test_doctor_is_well(capsys):
 def test_full_graph_compilation(op):
     """torch.compile traces the public function whole; aot_eager needs no C++ compiler."""
     args, kwargs = op.example(torch.Generator().manual_seed(0), 3, (7, 6, 9), torch.float32)
-    if op.name == "supervised_evidential_loss":
-        # The distance transform of the labels runs outside of the graph.
-        kwargs = kwargs | {"band": sk.boundary_band(args[1])}
     results = []
     for function in (op.function, torch.compile(op.function, fullgraph=True, backend="aot_eager")):
         leaf = args[0].clone().requires_grad_()

@@ -13,6 +13,14 @@ from torch import Tensor
 BETWEEN, NEAR, BOUNDARY, FAR = 0, 1, 2, 3
 
 
+def counted_voxels(target: Tensor, ignore_index: int) -> Tensor:
+    """target != ignore_index, for an index that the target's dtype may not hold (torch would wrap it around)."""
+    limits = torch.iinfo(target.dtype)
+    if limits.min <= ignore_index <= limits.max:
+        return target != ignore_index
+    return torch.ones_like(target, dtype=torch.bool)
+
+
 def label_bits(k: int) -> int:
     return 6 if k <= 62 else 13
 
@@ -24,9 +32,13 @@ def pack_labels(target: Tensor, mask: Tensor | None, band: Tensor | None, k: int
     """
     bits = label_bits(k)
     ignored = (1 << bits) - 1
-    known = (target >= 0) & (target < k)
-    codes = torch.where(known, target, ignored - 1).to(torch.uint8 if bits == 6 else torch.int16)
-    counted = target != ignore_index
+    dtype = torch.uint8 if bits == 6 else torch.int16
+    # Compared before it is narrowed: a label that does not fit must not turn into one that does.
+    known = target >= 0
+    if k <= torch.iinfo(target.dtype).max:
+        known = known & (target < k)
+    codes = torch.where(known, target.to(dtype), ignored - 1)
+    counted = counted_voxels(target, ignore_index)
     if mask is not None:
         counted = counted & mask
     if band is not None:

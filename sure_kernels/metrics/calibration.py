@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels.metrics.state import SumState
+from sure_kernels.kernel_lib.labels import counted_voxels
 from sure_kernels.validation import check_float_map, check_int, check_mask, check_target, values_checked
 
 
@@ -142,7 +143,7 @@ def _checked(
     n, _, *spatial = probability.shape
     valid = check_mask(mask, n, spatial, probability)
     labels = check_target(target, probability, ignore_index, valid, owner="probability")
-    counts = labels != ignore_index
+    counts = counted_voxels(labels, ignore_index)
     if valid is not None:
         counts = counts & valid
     labels = torch.where(counts, labels, 0).long()

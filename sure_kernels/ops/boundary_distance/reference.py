@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sure_kernels.kernel_lib.labels import counted_voxels
+
 
 def boundary_voxels(target: Tensor, ignore_index: int) -> Tensor:
     """Whether each voxel of `target` (N, *spatial) is boundary: boolean, same shape.
@@ -15,7 +17,7 @@ def boundary_voxels(target: Tensor, ignore_index: int) -> Tensor:
     A voxel is boundary when its 3^ndim neighbourhood, cut at the image border and without ignored voxels, holds two
     labels: then for some class c >= 1 it is not constant in "belongs to class c". Ignored voxels are none.
     """
-    counted = target != ignore_index
+    counted = counted_voxels(target, ignore_index)
     labels = target.to(torch.float64).unsqueeze(1)
     pool = F.max_pool2d if target.ndim == 3 else F.max_pool3d
     absent = labels.new_tensor(-math.inf)

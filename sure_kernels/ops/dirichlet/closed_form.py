@@ -94,7 +94,7 @@ class _Measures:
         if name == "differential_entropy":
             inner = kl_term(self.a, 1.0, self.below_one).sum(0, keepdim=True)
             return kl_term(self.s, float(self.k), self.below_one) - inner
-        return self._dissonance()[0] / self.s
+        return self._dissonance()[0]
 
     def gradient(self, name: str, up: Tensor) -> Tensor:
         """dL/de for upstream gradient `up` ([K, B] or [1, B])."""
@@ -112,7 +112,7 @@ class _Measures:
             total = kl_term_slope(self.s, float(self.k), self.below_one)
             return up * (total - kl_term_slope(self.a, 1.0, self.below_one))
         value, slope = self._dissonance()
-        return up * (slope - value / self.s) / self.s
+        return up * (slope - value) / self.s
 
     def _digamma_gap(self) -> Tensor:
         """digamma(S + 1) - digamma(a_k + 1)."""
@@ -126,8 +126,11 @@ class _Measures:
         return (dp - (self.p * dp).sum(0, keepdim=True)) / self.s
 
     def _dissonance(self) -> tuple[Tensor, Tensor]:
-        """S times the dissonance [1, B], and its derivative with respect to the evidence [K, B]."""
-        e = self.e
+        """The dissonance [1, B], and its derivative with respect to the beliefs e / S [K, B].
+
+        It is homogeneous of degree 1 in them, so that dL/de_j = (slope_j - value) / S.
+        """
+        e = self.e / self.s
         tiny = torch.finfo(e.dtype).tiny
         others = torch.stack([e[:i].sum(0) + e[i + 1 :].sum(0) for i in range(self.k)])
         inverse = torch.where(others > 0, others.clamp_min(tiny).reciprocal(), 0.0)
