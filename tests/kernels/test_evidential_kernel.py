@@ -162,7 +162,8 @@ class TestValues:
             class_weight=data.draw(st.one_of(st.none(), st.tuples(*(floats,) * k))),
             include_background=data.draw(st.booleans()),
             compat=data.draw(st.sampled_from([None, "official"])),
-            value_tolerance=2e-6,
+            # KL holds (B - 1/2) ln(t + B): with many classes and a large prior an ulp of the logarithm counts B times.
+            value_tolerance=5e-6,
             gradient_tolerance=FLOAT32_GRADIENT_LARGE,
         )
 
