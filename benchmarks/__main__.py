@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
     device = torch.device(options.device)
-    result = {"machine": _machine(device), "rows": rows(options.size, device, options.repeats)}
+    result: dict[str, Any] = {"machine": _machine(device), "rows": rows(options.size, device, options.repeats)}
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None))
     print(f"{'op':28s} {'form':24s} {'median':>10s} {'kept for backward':>18s}")
     for row in result["rows"]:

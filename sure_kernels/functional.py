@@ -9,6 +9,7 @@ float32 (float64 for float64), gradients return in the dtype that came.
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -343,8 +344,8 @@ def boundary_distance(
     if labels.dtype not in check.INT_DTYPES:
         raise TypeError(f"target: expected an integer index map, got {labels.dtype}")
     ndim = spatial_dims
-    if ndim is None and spacing is not None and hasattr(spacing, "__len__") and getattr(spacing, "ndim", 1):
-        ndim = len(spacing)  # type: ignore[arg-type]
+    if ndim is None and isinstance(spacing, (Sequence, Tensor)) and getattr(spacing, "ndim", 1) == 1:
+        ndim = len(spacing)
     if ndim is None:
         ndim = labels.ndim - 1
     if ndim not in (2, 3):
