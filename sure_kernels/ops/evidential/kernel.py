@@ -193,7 +193,7 @@ def _filtered(
         else:
             result += tl.sqrt(square)
     if REDUCTION == "mean":
-        return result / channels
+        return result * (1.0 / channels)
     else:
         return tl.sqrt(result)
 
@@ -694,6 +694,21 @@ def gradient_kernel(
         o_first = tl.cast(z, tl.int64) * plane
         m = o_plane < tl.minimum(voxels - o_first, plane).to(tl.int32)
         b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_plane, m, ignore_index, HAS_MASK)
+        # First of all, while few registers are taken.
+        if GRADIENT != 0:
+            b_band = tl.load(p_band + o_first + o_plane, mask=m, other=0)
+            on = counted & (b_band == _BOUNDARY)
+            if GRADIENT == 1:
+                g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
+            elif GRADIENT == 2:
+                after = taps.plane_parts(p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
+                g = _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
+                before, here = here, after
+            else:
+                g = _filtered(
+                    p_image, z, o_h, o_w, m_plane, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
+                    DIMS, CENTRE, PADDING, REDUCTION,
+                )  # fmt: skip
         w_ace, w_kl = c_ace, c_kl
         if WEIGHTED:
             weight = _weight(p_table, b_label, K)
@@ -733,19 +748,6 @@ def gradient_kernel(
             w_ace, w_kl, prior_sum, error_factor, KIND, BELOW_ONE,
         )  # fmt: skip
         if GRADIENT != 0:
-            b_band = tl.load(p_band + o_first + o_plane, mask=m, other=0)
-            on = counted & (b_band == _BOUNDARY)
-            if GRADIENT == 1:
-                g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
-            elif GRADIENT == 2:
-                after = taps.plane_parts(p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
-                g = _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
-                before, here = here, after
-            else:
-                g = _filtered(
-                    p_image, z, o_h, o_w, m_plane, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
-                    DIMS, CENTRE, PADDING, REDUCTION,
-                )  # fmt: skip
             u = prior_sum * inverse
             du = _supervised_slope(supervision, on, b_band, u, g)
             da_all -= du * u * inverse
@@ -833,7 +835,7 @@ def many_gradient_kernel(
 
 # Classes up to which the sweeps are unrolled over them; beyond, they loop.
 MOST_UNROLLED = 32
-_MANY_BLOCK = 512
+_MANY_BLOCK = 256
 # Steps of a program on large volumes, and how many programs keep a GPU busy.
 _STEPS, _ENOUGH_PROGRAMS = 32, 2048
 _REDUCE_BLOCK = 1024
