@@ -49,6 +49,7 @@ class Run:
     held_out: tuple[str, ...]
     epoch: int
     checkpoint: str
+    train: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -134,6 +135,9 @@ def load_run(run: Path, *, checkpoint: str = "final", device: str | torch.device
     state = read_checkpoint(path, device)
     model = build_model(config, experiment.in_channels, experiment.num_classes)
     load_weights(model, state["model"], path)
+    epoch = state.get("epoch")
+    if not isinstance(epoch, int):
+        raise UserError(f"{path}: expected the number of epochs under 'epoch', found {epoch!r}")
     return Run(
         run,
         config,
@@ -142,8 +146,9 @@ def load_run(run: Path, *, checkpoint: str = "final", device: str | torch.device
         experiment.in_channels,
         experiment.class_names,
         experiment.held_out,
-        int(state["epoch"]),
+        epoch,
         checkpoint,
+        experiment.train,
     )
 
 

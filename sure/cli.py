@@ -210,13 +210,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sure: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("sure: interrupted; `sure train` continues with --resume", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing is left to say, nor a place to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"sure: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sure: interrupted; `sure train` continues with --resume", file=sys.stderr)
+        return 130
 
 
 def _dispatch(args: list[str]) -> Any:

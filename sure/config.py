@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -122,8 +123,15 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
     for name in ("epochs", "batch_size", "accumulate", "patches_per_image"):
         if getattr(c, name) < 1:
             yield f"{name}: expected at least 1, got {getattr(c, name)}"
-    if c.lr <= 0:
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, float) and not 0 <= v < math.inf for v in numbers):
+            yield f"{field.name}: expected finite numbers of at least 0, got {value}"
+    if c.lr == 0:
         yield f"lr: expected a positive number, got {c.lr}"
+    if c.seed >= 2**63:
+        yield f"seed: expected less than 2^63, got {c.seed}"
     if c.clip is not None and c.clip <= 0:
         yield f"clip: expected a positive number or none, got {c.clip}"
     for name in ("annealing_steps", "good_model_step", "validate_every", "seed"):
@@ -134,8 +142,9 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
     if not c.boundary <= c.near <= c.far:
         yield f"boundary, near, far: expected boundary <= near <= far, got {c.boundary:g}, {c.near:g}, {c.far:g}"
     step = 2 ** (len(c.channels) - 1)
-    if any(size % step for size in c.patch_size):
-        yield f"patch_size: expected multiples of {step} for {len(c.channels)} resolution levels, got {c.patch_size}"
+    if any(size % step or size < 2 * step for size in c.patch_size):
+        levels = f"{len(c.channels)} resolution levels"
+        yield f"patch_size: expected multiples of {step} from {2 * step} on for {levels}, got {c.patch_size}"
     if c.model == "attention_unet" and c.norm == "instance":
         yield "norm: attention_unet has batch normalisation alone, got instance"
     if c.model == "dynunet" and len(c.channels) < 3:

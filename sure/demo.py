@@ -32,6 +32,7 @@ SETTINGS = TrainConfig(
 """What both networks are trained with; only `loss` differs."""
 RUNS: dict[str, Literal["edl", "sure"]] = {"EDL": "edl", "SURE": "sure"}
 MARKER = ".sure-demo"
+OUTPUTS = ("phantoms", "runs", "evaluations", "metrics.json", "report.html")
 
 
 def demo(out: Path, *, progress: bool = True, settings: TrainConfig = SETTINGS, cases: int = CASES) -> Path:
@@ -49,10 +50,17 @@ def demo(out: Path, *, progress: bool = True, settings: TrainConfig = SETTINGS, 
     Raises:
         UserError: where `out` is not empty and no demo.
     """
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MARKER).is_file())):
-        raise UserError(f"{out}: is taken by something other than a demo; choose another --out")
+    out = out.resolve()
     if out.exists():
-        shutil.rmtree(out)
+        foreign = sorted({p.name for p in out.iterdir()} - {MARKER, *OUTPUTS}) if out.is_dir() else [out.name]
+        if foreign or (any(out.iterdir()) and not (out / MARKER).is_file()):
+            raise UserError(f"{out}: is taken by something other than a demo; choose another --out")
+        for name in OUTPUTS:
+            path = out / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     write_text(out / MARKER, "made by `sure demo`; replaced by the next one\n")
     data = write_phantoms(out / "phantoms", cases=cases, shape=SHAPE)
     evaluations, summary = [], {}
@@ -65,4 +73,4 @@ def demo(out: Path, *, progress: bool = True, settings: TrainConfig = SETTINGS, 
         evaluations.append(folder)
         summary[name] = {"cases": [row["name"] for row in result["cases"]], "summary": result["summary"]}
     write_text(out / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    return write_report(evaluations, out / "report.html", "EDL and SURE on cardiac phantoms").resolve()
+    return write_report(evaluations, out / "report.html", "EDL and SURE on cardiac phantoms")

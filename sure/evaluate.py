@@ -58,8 +58,8 @@ def evaluate(
         run_path: folder of a training run.
         data_root: data set in a layout that training reads.
         out: folder to write; an earlier evaluation in it is replaced, anything else is left alone.
-        cases: "held-out" scores the cases that the run never trained on; of a data set that holds none of
-            them, all. "all" scores every case.
+        cases: "held-out" scores the run's held-out cases, by name; of a data set that has none of them (another
+            one), all that the run was not trained on. "all" scores every case.
         checkpoint: which of the run's checkpoints: final, best or latest.
         pictures: names of the cases to draw, or how many: from the best to the worst Dice in equal steps.
         device: where the network runs.
@@ -78,6 +78,8 @@ def evaluate(
     dataset = discover(data_root)
     chosen, cases_from = _choose(run, dataset, cases)
     names = [case.name for case in chosen]
+    if isinstance(pictures, int) and pictures < 0:
+        raise UserError(f"pictures: expected 0 or more, got {pictures}")
     unknown = [] if isinstance(pictures, int) else sorted(set(pictures) - set(names))
     if unknown:
         raise UserError(f"pictures: expected names of evaluated cases, got {', '.join(unknown)}")
@@ -114,7 +116,7 @@ def evaluate(
         "layout": dataset.layout,
         "cases_from": cases_from,
         "cases_missing": sorted(set(run.held_out) - set(names)) if cases_from == "held-out" else [],
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": str(device),
         "versions": {
             "sure": sure.__version__,
@@ -226,7 +228,12 @@ def _choose(run: Run, dataset: Dataset, cases: str) -> tuple[list[Case], str]:
     held_out = [case for case in dataset.cases if case.name in run.held_out]
     if held_out:
         return held_out, "held-out"
-    return list(dataset.cases), "all, none of them is one of the run's held-out cases"
+    unseen = [case for case in dataset.cases if case.name not in run.train]
+    if not unseen:
+        raise UserError(
+            f"{dataset.root}: the run was trained on every case of that name here; --cases all scores them all the same"
+        )
+    return unseen, "all that the run was not trained on"
 
 
 def _check(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str, progress: bool) -> None:
@@ -309,6 +316,7 @@ def _check_replaceable(out: Path) -> None:
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block succeeds, and goes when it fails."""
+    out = out.resolve()  # a link's target is replaced, not the link
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -317,7 +325,11 @@ def _replacing(out: Path) -> Iterator[Path]:
         if out.exists():
             earlier = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             os.replace(out, earlier)  # onto an empty folder
-            os.replace(folder, out)
+            try:
+                os.replace(folder, out)
+            except OSError:
+                os.replace(earlier, out)
+                raise
             shutil.rmtree(earlier)
         else:
             os.replace(folder, out)

@@ -64,6 +64,8 @@ def infer(run: Run, image: Tensor) -> Inference:
         device=image.device,
     )
     assert isinstance(blend, Tensor)
+    if not bool(torch.isfinite(blend).all()):
+        raise UserError(f"{run.path}: the {run.checkpoint} checkpoint's network gives NaN or infinity")
     if config.loss == "dice_ce":
         probability = blend
         entropy = torch.special.entr(blend).sum(1, keepdim=True)

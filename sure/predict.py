@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sure.checkpoint import Run, load_run
 from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faults, load_case, save_nifti
+from sure.data.layouts import MISSING_LABEL
 from sure.data.nifti import SUFFIXES, is_nifti, stem
 from sure.errors import UserError
 from sure.inference import infer
@@ -93,9 +94,13 @@ def collect_cases(images: Sequence[Path], channels: int) -> list[Case]:
                 files += inside
             else:
                 dataset = discover(path)
-                if dataset.problems:
-                    raise UserError(f"{path}: incomplete data set:\n{format_faults(dataset.problems)}")
+                # Labels are left aside: a case without one is as good as any.
+                unlabelled = [f for f in dataset.problems if f.problem == MISSING_LABEL and channels == 1]
+                faults = [f for f in dataset.problems if f not in unlabelled]
+                if faults:
+                    raise UserError(f"{path}: incomplete data set:\n{format_faults(faults)}")
                 cases += [Case(case.name, case.images, None) for case in dataset.cases]
+                cases += [Case(f.case, (f.file,), None) for f in unlabelled]
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
         elif is_nifti(path):

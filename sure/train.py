@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -85,13 +87,18 @@ def train(
             a loss that is not finite. Before the first step nothing is written.
     """
     place = choose_device(device)
+    if workers < 0:
+        raise UserError(f"workers: expected 0 or more, got {workers}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE: `sure train` runs in one process, found several (torchrun?)")
     dataset, experiment, cases = _prepare(data, config, skip_bad=skip_bad, progress=progress)
     start = _check_run_folder(out, config, experiment, resume=resume)
     held_out = [c for c in cases if c.name in experiment.held_out]
     trainer = _Trainer(out, config, experiment, place)
     warm = None if config.warm_start is None or start else read_checkpoint(config.warm_start, place)
-    if warm is not None:
-        load_weights(trainer.model, warm["model"], Path(str(config.warm_start)))
+    if warm is not None and config.warm_start is not None:
+        _check_warm_start(config.warm_start, experiment)
+        load_weights(trainer.model, warm["model"], config.warm_start)
     samples = TrainingData([c for c in cases if c.name in experiment.train], config, ignore_label=dataset.ignore_label)
 
     if start:
@@ -129,8 +136,8 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
+        float(torch.zeros(1, device=place))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device: {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
     return place
 
@@ -147,10 +154,10 @@ def _prepare(
             raise UserError(f"{data}: {len(faults)} faults\n{table}\n--skip-bad trains on the cases without faults")
         bad = {fault.case for fault in faults}
         dataset = replace(dataset, cases=tuple(c for c in dataset.cases if c.name not in bad), problems=())
-        tqdm.write(f"{data}: leaving out {len(bad)} cases with faults\n{table}")
+        tqdm.write(f"{data}: leaving out {len(bad)} cases with faults\n{table}", file=sys.stderr)
         if not dataset.cases:
             raise UserError(f"{data}: no case without faults is left")
-        num_classes, _ = check_dataset(dataset, num_classes=num_classes)
+        num_classes, _ = check_dataset(dataset)  # what the rejected cases held does not count
     if len(config.prior) not in (1, num_classes):
         raise UserError(f"prior: expected 1 or {num_classes} numbers, one a class, got {len(config.prior)}")
     cases = list(dataset.cases)
@@ -183,6 +190,8 @@ def _check_run_folder(out: Path, config: TrainConfig, experiment: Experiment, *,
         if left:
             raise UserError(f"{out}: not a run folder: it has no run.json, but {', '.join(left[:5])}")
         return False
+    for torn in (out / "checkpoints").glob(".*.tmp"):  # of a process that was killed
+        torn.unlink(missing_ok=True)
     before, now = to_dict(load_config(out / "config.yaml")), to_dict(config)
     changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k]]
     stored = read_experiment(out)
@@ -243,12 +252,12 @@ class _Trainer:
             image, label = (batch[k].to(self.device, non_blocking=True) for k in ("image", "label"))
             with self._autocast():
                 logits = self.network(image)
-            loss, terms = self.objective(logits, label, image)
+            try:
+                loss, terms = self.objective(logits, label, image)
+            except ValueError as error:  # NaN logits are named by the loss itself
+                raise self._diverged(f"{error} in epoch {epoch}, batch {index}") from error
             if not bool(torch.isfinite(loss)):
-                raise UserError(
-                    f"loss is {float(loss.detach())} in epoch {epoch}, batch {index}; the last good checkpoint is "
-                    f"{checkpoint_path(self.out, 'latest')}. A lower --lr or --clip often helps."
-                )
+                raise self._diverged(f"loss is {float(loss.detach())} in epoch {epoch}, batch {index}")
             # The last group of an epoch may be smaller.
             group_size = min(config.accumulate, batches - index // config.accumulate * config.accumulate)
             self.scaler.scale(loss / group_size).backward()
@@ -256,9 +265,16 @@ class _Trainer:
                 self._step()
             for key, value in {"loss": loss.detach(), **terms}.items():
                 totals[key] = totals.get(key, torch.zeros((), device=self.device)) + value
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise self._diverged(f"weights are no longer finite after epoch {epoch}")
         self.epoch = epoch + 1
         means = {key: float(value) / batches for key, value in totals.items()}
         return {"epoch": epoch, "lr": rate, "seconds": time.perf_counter() - began, **means}
+
+    def _diverged(self, what: str) -> UserError:
+        latest = checkpoint_path(self.out, "latest")
+        kept = f"the last good checkpoint is {latest}" if latest.is_file() else "no checkpoint was written"
+        return UserError(f"training diverged: {what}; {kept}. A lower --lr or --clip often helps.")
 
     def _autocast(self) -> Any:
         dtype = AMP_DTYPES.get(self.config.amp)
@@ -331,6 +347,19 @@ class _Trainer:
             self.epoch, self.best = int(state["epoch"]), float(state["best"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: cannot be resumed: {error}") from error
+
+
+def _check_warm_start(checkpoint: Path, experiment: Experiment) -> None:
+    """UserError where the weights come from a run on the same data that was trained on what is held out now."""
+    folder = checkpoint.parent.parent
+    if not (folder / "run.json").is_file():
+        return
+    source = read_experiment(folder)
+    seen = sorted(set(source.train) & set(experiment.held_out))
+    if source.data == experiment.data and seen:
+        raise UserError(
+            f"warm_start: {checkpoint} was trained on {len(seen)} cases that this fold holds out, {seen[0]} among them"
+        )
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sure.data.layouts import Case, Dataset, Fault
+from sure.data.layouts import MISSING_LABEL, Case, Dataset, Fault
 from sure.data.nifti import UnreadableError, read_nifti
 from sure.errors import UserError
 
@@ -95,7 +95,7 @@ def _check_case(case: Case, dataset: Dataset, seen: _Seen, labelled: bool) -> It
         seen.channels = None  # an unreadable channel has its fault already
     if case.label is None:
         if labelled:
-            yield Fault(case.name, case.images[0], "image without label")
+            yield Fault(case.name, case.images[0], MISSING_LABEL)
         return
     try:
         array, affine, _ = read_nifti(case.label)

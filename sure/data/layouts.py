@@ -22,6 +22,7 @@ ACDC_CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 
 _IMAGE_ENDING = re.compile(r"[_-](image|img|volume)$", re.IGNORECASE)
 _LABEL_ENDING = re.compile(r"[_-](seg|segmentation|gt|labels?|masks?)$", re.IGNORECASE)
+MISSING_LABEL = "image without label"
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 _ACDC_FRAME = re.compile(r"(?P<case>patient\d+_frame\d+)(?P<truth>_gt)?")
 
@@ -126,7 +127,7 @@ def _decathlon(root: Path, file: Path, spec: dict[str, Any]) -> Dataset:
         missing = [path for path in (*images, label) if path is not None and not path.is_file()]
         problems += [Fault(name, path, "named in dataset.json, but not there") for path in missing]
         if label is None:
-            problems.append(Fault(name, image, "image without label"))
+            problems.append(Fault(name, image, MISSING_LABEL))
         elif not missing:
             cases.append(Case(name, images, label))
     modality = spec.get("modality")
@@ -171,7 +172,7 @@ def _nnunet(root: Path, file: Path, spec: dict[str, Any]) -> Dataset:
     for name in sorted(found.keys() | truths.keys()):
         paths, label = found.get(name, {}), truths.get(name)
         if label is None:
-            problems.append(Fault(name, paths[min(paths)], "image without label"))
+            problems.append(Fault(name, paths[min(paths)], MISSING_LABEL))
         elif not paths:
             problems.append(Fault(name, label, "label without image"))
         elif sorted(paths) != list(range(channels)):
@@ -200,7 +201,7 @@ def _acdc(root: Path, folder: Path) -> Dataset:
     cases, problems = [], []
     for name in sorted(frames.keys() | truths.keys()):
         if name not in truths:
-            problems.append(Fault(name, frames[name], "image without label"))
+            problems.append(Fault(name, frames[name], MISSING_LABEL))
         elif name not in frames:
             problems.append(Fault(name, truths[name], "label without image"))
         else:
@@ -254,7 +255,7 @@ def _folders(root: Path, images: Path, labels: Path) -> Dataset:
             problems.append(Fault(full, path, "label without image"))
         else:
             cases.append(Case(name, tuple(remaining.pop(key) for key in members), path))
-    problems += [Fault(name, path, "image without label") for name, path in remaining.items()]
+    problems += [Fault(name, path, MISSING_LABEL) for name, path in remaining.items()]
     return _dataset(root, "folders", cases, None, problems)
 
 

@@ -106,6 +106,7 @@ def save_nifti(array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path
     header.extensions.clear()
     header["cal_min"] = header["cal_max"] = 0
     header["descrip"] = b"SURE Kernels"
+    header.set_intent("none")
     # The same best affine as in the header: nibabel then leaves qform and sform as they are.
     image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(stored, best, header)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")

@@ -87,7 +87,7 @@ def write_phantoms(out: Path, *, cases: int = 24, shape: tuple[int, int, int] = 
     The same `seed` gives the same files. The folder appears complete or not at all. Raises UserError for bad
     sizes and seeds, and where `out` holds anything already.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     if cases < 1:
         raise UserError(f"cases: expected at least 1, got {cases}")
     if seed < 0:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sure_kernels.metrics.state import SumState
 from sure_kernels.kernel_lib.labels import counted_voxels
+from sure_kernels.metrics.state import SumState
 from sure_kernels.validation import check_float_map, check_int, check_mask, check_target, values_checked
 
 

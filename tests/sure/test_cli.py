@@ -50,6 +50,9 @@ def test_help_of_every_command(name, capsys):
         (["predict", "nowhere", "a.nii.gz", "--out", "x"], "nowhere: not a run folder"),
         (["report", "nowhere"], "nowhere"),
         (["phantom", "x", "--shape", "4", "4", "4"], "shape"),
+        (["phantom", "/dev/null/x", "--cases", "1", "--shape", "16", "16", "16"], "/dev/null"),
+        (["train", ".", "--out", "x", "--device", "meta"], "device: 'meta' cannot be used"),
+        (["train", ".", "--out", "x", "--workers", "-1"], "workers: expected 0 or more"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(args, message, tmp_path, monkeypatch, capsys):
@@ -126,6 +129,12 @@ def test_demo(tmp_path):
         assert metrics[name]["cases"]
         assert not set(metrics[name]["cases"]) & set(trained)
         assert metrics[name]["summary"]["dice"]["n"] == len(metrics[name]["cases"])
+    notes = out / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="taken by something other than a demo"):
+        demo(out, progress=False, settings=settings, cases=4)
+    assert notes.read_text() == "mine"
+    notes.unlink()
     (out / MARKER).unlink()
     with pytest.raises(UserError, match="taken by something other than a demo"):
         demo(out, progress=False, settings=settings, cases=4)
@@ -138,3 +147,32 @@ def test_real_data_is_sound(hippocampus: Path):
     dataset = discover(hippocampus)
     assert len(dataset.cases) == 100
     assert check_dataset(dataset) == (3, [])
+
+
+def test_training_cases_are_never_scored_as_held_out(tmp_path, capsys):
+    import shutil
+
+    data = write_phantoms(tmp_path / "data", cases=4, shape=(20, 20, 16))
+    run = tmp_path / "run"
+    assert main(["train", str(data), "--out", str(run), "--loss", "edl", *TINY]) == 0
+    trained = json.loads((run / "run.json").read_text())["train"]
+    subset = tmp_path / "subset"
+    for part in ("images", "labels"):
+        (subset / part).mkdir(parents=True)
+        for name in trained:
+            shutil.copy(data / f"{part}Tr" / f"{name}.nii.gz", subset / part)
+    args = ["evaluate", str(run), str(subset), "--out", str(tmp_path / "eval"), "--pictures", "0", "--no-progress"]
+    assert main(args) == 2
+    assert "the run was trained on every case of that name here" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
+    assert main([*args, "--cases", "all"]) == 0
+
+
+def test_the_readme_example(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = (block.split("```")[0] for block in readme.split("```python\n")[1:])
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    assert float(scope["loss"].detach()) > 0
+    assert scope["logits"].grad is not None
+    assert scope["maps"]._fields == ("probability", "vacuity", "mutual_information")

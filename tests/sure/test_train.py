@@ -234,6 +234,8 @@ def test_warm_start(phantoms, finished, tmp_path):
     run = train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
     for key, value in weights(run).items():
         torch.testing.assert_close(value, weights(finished)[key], atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match="was trained on 2 cases that this fold holds out"):
+        train(phantoms, tmp_path / "fold", replace(config, fold=1), device="cpu", progress=False)
     other = replace(config, channels=(4, 16))
     with pytest.raises(UserError, match=r"final\.pt: weights do not fit"):
         train(phantoms, tmp_path / "other", other, device="cpu", progress=False)
@@ -274,6 +276,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch
     monkeypatch.setattr(module, "build_objective", poisoned)
     with pytest.raises(UserError, match="loss is nan in epoch 0, batch 0"):
         train(phantoms, tmp_path / "run", TINY, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize(("epochs", "message"), [(1, "weights are no longer finite|got NaN"), (5, "diverged")])
+def test_a_run_that_diverges_leaves_no_poisoned_checkpoint(phantoms, tmp_path, epochs, message):
+    config = replace(TINY, loss="edl", epochs=epochs, lr=1e36, clip=None, validate_every=0)
+    with pytest.raises(UserError, match=message):
+        train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
+    for path in (tmp_path / "run").glob("checkpoints/*.pt"):
+        assert all(bool(torch.isfinite(v).all()) for v in read_checkpoint(path)["model"].values())
+
+
+def test_several_processes_are_refused(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE: `sure train` runs in one process"):
+        train(phantoms, tmp_path / "run", TINY, device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model", ["unet", "attention_unet", "segresnet", "dynunet"])
@@ -343,6 +361,11 @@ class TestConfig:
             ({"good_model_step": 100}, "good_model_step: expected less than epochs"),
             ({"near": 0.5}, "boundary, near, far"),
             ({"seed": -1}, "seed: expected 0 or more"),
+            ({"seed": 2**63}, r"seed: expected less than 2\^63"),
+            ({"lr": float("nan")}, "lr: expected finite numbers"),
+            ({"weight_decay": -1.0}, "weight_decay: expected finite numbers of at least 0"),
+            ({"prior": [float("nan")]}, "prior: expected finite numbers"),
+            ({"patch_size": 4}, "patch_size: expected multiples of 4 from 8 on"),
             ({"model": "segresnet", "channels": [8, 24]}, "channels: segresnet expects"),
             ({"model": "dynunet", "channels": [8, 16]}, "channels: dynunet has at least 3"),
         ],
