@@ -54,10 +54,11 @@ class TrainConfig:
     dice: Literal["adaptive_tversky", "soft"] = "adaptive_tversky"
     annealing_steps: int | None = None
     """Epochs over which the KL weight rises from 0 to kl_weight; None: a fifth of all, as published."""
-    gradient_weight: float = 1.0
-    """beta: weight of the gradient supervision on the boundary."""
-    far_weight: float = 1.0
-    """Weight of the mean uncertainty far from every boundary."""
+    gradient_weight: float = 50.0
+    """beta: weight of the gradient supervision on the boundary. Ours: the published value is not known, and the
+    covariance form is of the size of the uncertainty's spread, about a hundredth of the segmentation loss."""
+    far_weight: float = 10.0
+    """Ours. Weight of the mean uncertainty far from every boundary."""
     good_model_step: int | None = None
     """Epoch from which uncertainty is supervised (its weight then rises from 0.01 to 1); None: 30 % of all, as
     published."""

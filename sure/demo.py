@@ -25,8 +25,6 @@ SETTINGS = TrainConfig(
     epochs=90,
     batch_size=2,
     lr=5e-3,
-    gradient_weight=50.0,
-    far_weight=10.0,
     validate_every=0,
 )
 """What both networks are trained with; only `loss` differs."""
