@@ -39,17 +39,17 @@ class TestValues:
     @pytest.mark.parametrize("padding_mode", PADDING_MODES)
     @pytest.mark.parametrize("spatial", [(4, 5), (3, 4, 5)])
     def test_filters(self, operator, padding_mode, spatial, device):
-        logits, target, mask, image, band = active((2, 3, *spatial), device)
+        logits, target, mask, image, band = active((1, 3, *spatial), device)
         compare(
             LOSS, logits, target, image, mask=mask, band=band, operator=operator, padding_mode=padding_mode,
             spacing=(1.5, 0.7, 1.0)[: len(spatial)], relation="increasing", gradient_tolerance=4e-6, **HEAVY,
         )  # fmt: skip
 
-    @pytest.mark.parametrize("channels", [2, 3])
+    @pytest.mark.parametrize("spatial", [(4, 5), (3, 4, 5)])
     @pytest.mark.parametrize("channel_reduction", CHANNEL_REDUCTIONS)
-    def test_channels(self, channels, channel_reduction, device):
-        logits, target, _, image, band = active((2, 3, 3, 4, 5), device)
-        image = torch.cat([image * (c + 1) - image.flip(2) for c in range(channels)], 1)
+    def test_channels(self, spatial, channel_reduction, device):
+        logits, target, _, image, band = active((1, 3, *spatial), device)
+        image = torch.cat((image, image.flip(2), 2 * image.flip(3)), 1)
         for relation in RELATIONS:
             compare(
                 LOSS, logits, target, image, band=band, channel_reduction=channel_reduction, relation=relation,
@@ -68,8 +68,7 @@ class TestValues:
         compare(LOSS, logits, target, None if cached else image, gradient_tolerance=tolerance, **options)
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("prior", [1.0, (0.01, 2.0, 1.0)])
-    @pytest.mark.parametrize("class_weight", [None, (0.5, 2.0, 0.1)])
+    @pytest.mark.parametrize(("prior", "class_weight"), [(1.0, (0.5, 2.0, 0.1)), ((0.01, 2.0, 1.0), None)])
     def test_formulas(self, kind, prior, class_weight, device):
         logits, target, mask, image, band = active((2, 3, 3, 4, 5), device)
         options = {"kind": kind, "prior": prior, "class_weight": class_weight, "mask": mask}
@@ -133,9 +132,9 @@ class TestValues:
 
     def test_marches_join(self, device, monkeypatch):
         """Wherever a march along z starts, it sees the same planes."""
-        logits, target, _, image, band = case((1, 3, 9, 4, 5), device)
+        logits, target, _, image, band = case((1, 3, 5, 4, 5), device)
         results = []
-        for length in (9, 4, 1):
+        for length in (5, 2):
             monkeypatch.setattr(sweeps, "march_length", lambda voxels, depth, length=length: length)
             results.append(evaluate(sk.supervised_evidential_loss, logits, target, image, band=band, **HEAVY))
         for loss, terms, gradient in results[1:]:
