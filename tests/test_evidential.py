@@ -351,11 +351,20 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.int64])
-@pytest.mark.parametrize("supervised", [False, True])
-def test_memory_kept_for_backward(supervised, target_dtype):
-    logits = torch.randn((1, 4, 24, 24, 24), requires_grad=True)
-    target = torch.randint(0, 4, (1, 24, 24, 24)).to(target_dtype)
+@pytest.mark.parametrize(
+    ("supervised", "target_dtype", "k", "dtype"),
+    [
+        (False, torch.uint8, 4, torch.float32),
+        (False, torch.int64, 4, torch.float32),
+        (False, torch.int64, 2, torch.float32),
+        (False, torch.int64, 4, torch.bfloat16),
+        (True, torch.uint8, 4, torch.float32),
+        (True, torch.int64, 4, torch.float32),
+    ],
+)
+def test_memory_kept_for_backward(supervised, target_dtype, k, dtype):
+    logits = torch.randn((1, k, 24, 24, 24), dtype=dtype, requires_grad=True)
+    target = torch.randint(0, k, (1, 24, 24, 24)).to(target_dtype)
     image = torch.randn((1, 1, 24, 24, 24))
     saved: dict[int, int] = {}
 

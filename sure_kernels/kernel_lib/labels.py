@@ -1,12 +1,13 @@
 """Labels, mask and band in one small integer a voxel: what the eager closed form keeps for backward.
 
-The low bits hold the label (all ones: the voxel does not count), the two bits above them the band. Up to 62
-classes take a byte, more take two.
+The low bits hold the label (all ones: the voxel does not count), the two bits above them the band. Up to 62 classes
+take a byte, more take two; up to 14 classes without a band take half a byte.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Band values: what a voxel's distance to the nearest boundary makes it.
@@ -21,18 +22,21 @@ def counted_voxels(target: Tensor, ignore_index: int) -> Tensor:
     return torch.ones_like(target, dtype=torch.bool)
 
 
-def label_bits(k: int) -> int:
+def _label_bits(k: int, banded: bool) -> int:
+    """Bits of a label: 4 stand for two voxels a byte."""
+    if k <= 14 and not banded:
+        return 4
     return 6 if k <= 62 else 13
 
 
 def pack_labels(target: Tensor, mask: Tensor | None, band: Tensor | None, k: int, ignore_index: int) -> Tensor:
-    """Codes (N, V) of `target`, `mask` and `band`, each (N, *spatial).
+    """Codes of `target`, `mask` and `band`, each (N, *spatial): (N, V), or (N, ceil(V / 2)) of two voxels each.
 
     A label outside [0, k) that is not ignored matches no class (value checks report it where they run).
     """
-    bits = label_bits(k)
+    bits = _label_bits(k, band is not None)
     ignored = (1 << bits) - 1
-    dtype = torch.uint8 if bits == 6 else torch.int16
+    dtype = torch.int16 if bits == 13 else torch.uint8
     # Compared before it is narrowed: a label that does not fit must not turn into one that does.
     known = target >= 0
     if k <= torch.iinfo(target.dtype).max:
@@ -43,12 +47,26 @@ def pack_labels(target: Tensor, mask: Tensor | None, band: Tensor | None, k: int
         counted = counted & mask
     if band is not None:
         codes = codes | (band.to(codes.dtype) << bits)
-    return torch.where(counted, codes, ignored).flatten(1)
+    codes = torch.where(counted, codes, ignored).flatten(1)
+    if bits != 4:
+        return codes
+    codes = F.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
-def unpack_labels(codes: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(label, counted, band) of codes; the label of a voxel that does not count matches no class."""
-    bits = label_bits(k)
+def unpack_labels(codes: Tensor, voxels: slice, k: int, banded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(label, counted, band) of some voxels of one image's codes.
+
+    The label of a voxel that does not count matches no class.
+    """
+    bits = _label_bits(k, banded)
     ignored = (1 << bits) - 1
+    if bits == 4:
+        first = voxels.start // 2
+        pairs = codes[first : (voxels.stop + 1) // 2]
+        codes = torch.stack((pairs & 15, pairs >> 4), 1).flatten()[voxels.start - 2 * first :]
+        codes = codes[: voxels.stop - voxels.start]
+    else:
+        codes = codes[voxels]
     label = codes & ignored
     return label, label != ignored, codes >> bits

@@ -84,9 +84,9 @@ def number_of_coefficients(k: int, supervised: bool) -> int:
 class _Voxels:
     """What both sweeps need of a piece of volume: z [K, B], the labels' masks and the concentrations."""
 
-    def __init__(self, z: Tensor, codes: Tensor, formula: Formula, b: Tensor) -> None:
+    def __init__(self, z: Tensor, labels: tuple[Tensor, Tensor, Tensor], formula: Formula, b: Tensor) -> None:
         k = formula.k
-        label, self.counted, self.band = unpack_labels(codes, k)
+        label, self.counted, self.band = labels
         classes = torch.arange(k, dtype=label.dtype, device=label.device).unsqueeze(1)
         self.is_y = label == classes  # [K, B]
         # Replaced, not multiplied by 0: NaN logits in voxels that do not count must not reach the sums.
@@ -150,7 +150,8 @@ def sums(logits: Tensor, codes: Tensor, formula: Formula, gradient: Tensor | Non
     )
     b = torch.tensor(formula.prior, dtype=dtype, device=logits.device).unsqueeze(1)
     for image, voxels in voxel_slices(z_all, _ROWS * k):
-        v = _Voxels(z_all[image, :, voxels].to(dtype), codes[image, voxels], formula, b)
+        labels = unpack_labels(codes[image], voxels, k, gradient is not None)
+        v = _Voxels(z_all[image, :, voxels].to(dtype), labels, formula, b)
         p = v.a * (v.valid / v.s)
         scalars = torch.stack((v.valid, v.weight, v.weight * v.ace(formula), v.weight * v.kl(formula, b))).sum(1)
         classes = (torch.where(v.is_y, p, 0.0).sum(1), p.sum(1), v.is_y.sum(1))
@@ -205,7 +206,8 @@ def gradient(
     z_all, out = flat(logits), flat(result)
     b = torch.tensor(formula.prior, dtype=dtype, device=logits.device).unsqueeze(1)
     for image, voxels in voxel_slices(z_all, _ROWS * k):
-        v = _Voxels(z_all[image, :, voxels].to(dtype), codes[image, voxels], formula, b)
+        labels = unpack_labels(codes[image], voxels, k, magnitude is not None)
+        v = _Voxels(z_all[image, :, voxels].to(dtype), labels, formula, b)
         row = coefficients[image].to(dtype)
         c_ace, c_kl = row[0] * v.weight, row[1] * v.weight
         below_one = formula.below_one
