@@ -65,9 +65,10 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.startswith(("sure_kernels", "sure.", "triton"))}
 
 
-# The supervised loss is made of the ops it fuses; the evidential one of Dirichlet distributions.
+# The supervised loss is made of the ops it fuses; the evidential sweeps, which serve both losses, of Dirichlet
+# distributions and of gradient magnitudes.
 ROOMS_USED = {
-    "evidential": {"dirichlet"},
+    "evidential": {"dirichlet", "gradient_magnitude"},
     "supervised": {"evidential", "gradient_magnitude", "dirichlet"},
 }
 
