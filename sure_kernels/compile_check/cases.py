@@ -40,6 +40,7 @@ class KernelCases:
         arguments: (flags) -> Arguments.
         reachable: whether dispatch can reach this combination. Rows not yet complete are tried as well, so as to give
             up early: a KeyError for a flag not chosen yet counts as reachable.
+        fewest_classes: of a kernel that loops over its classes at run time, the least number it is used for.
     """
 
     kernel: Any
@@ -48,6 +49,7 @@ class KernelCases:
     flags: dict[str, tuple[Any, ...]]
     arguments: Callable[[Flags], Arguments]
     reachable: Callable[[Flags], bool] = lambda flags: True
+    fewest_classes: int = 0
 
     @property
     def name(self) -> str:

@@ -37,7 +37,8 @@ class Job:
         return importlib.import_module(self.module).compile_cases()[self.index]
 
     def faults(self, outcome: Outcome) -> list[str]:
-        return outcome.faults(self.flags.get("K", 0) > MOST_CLASSES_WITHOUT_SPILL)
+        classes = self.flags.get("K", self.cases().fewest_classes)
+        return outcome.faults(spills_allowed=classes > MOST_CLASSES_WITHOUT_SPILL)
 
 
 def kernel_modules() -> list[str]:

@@ -1102,14 +1102,21 @@ def compile_cases() -> list[KernelCases]:
         return Arguments(types, {"BLOCK": _REDUCE_BLOCK}, NUM_WARPS)
 
     sweeps = (
-        (sums_kernel, "forward", unrolled),
-        (gradient_kernel, "backward", unrolled),
-        (many_sums_kernel, "forward", looped),
-        (many_gradient_kernel, "backward", looped),
+        (sums_kernel, "forward", unrolled, 0),
+        (gradient_kernel, "backward", unrolled, 0),
+        (many_sums_kernel, "forward", looped, MOST_UNROLLED + 1),
+        (many_gradient_kernel, "backward", looped, MOST_UNROLLED + 1),
     )
     cases = [
-        KernelCases(kernel, "evidential_loss", direction, flags, functools.partial(arguments, kernel))
-        for kernel, direction, flags in sweeps
+        KernelCases(
+            kernel,
+            "evidential_loss",
+            direction,
+            flags,
+            functools.partial(arguments, kernel),
+            fewest_classes=fewest,
+        )
+        for kernel, direction, flags, fewest in sweeps
     ]
     return [
         *cases,
