@@ -13,38 +13,40 @@ from torch import Tensor
 from sure_kernels.kernel_lib.taps import SMOOTHING
 
 
-def _neighbours(x: Tensor, axis: int, mode: str) -> tuple[Tensor, Tensor]:
-    """x shifted by one along `axis`, both ways, with the border filled by `mode`."""
-    n = x.shape[axis]
-    before = torch.empty_like(x)
-    after = torch.empty_like(x)
-    before.narrow(axis, 1, n - 1).copy_(x.narrow(axis, 0, n - 1))
-    after.narrow(axis, 0, n - 1).copy_(x.narrow(axis, 1, n - 1))
-    first, last = x.narrow(axis, 0, 1), x.narrow(axis, n - 1, 1)
-    edge_before, edge_after = before.narrow(axis, 0, 1), after.narrow(axis, n - 1, 1)
+def _beyond(x: Tensor, axis: int, edge: int, inner: int, mode: str) -> Tensor | float:
+    """What lies beyond entry `edge` of `axis`, whose inner neighbour is `inner`."""
     if mode == "zeros":
-        edge_before.zero_()
-        edge_after.zero_()
-    elif mode == "replicate" or n == 1:
-        edge_before.copy_(first)
-        edge_after.copy_(last)
-    elif mode == "reflect":
-        edge_before.copy_(x.narrow(axis, 1, 1))
-        edge_after.copy_(x.narrow(axis, n - 2, 1))
-    else:
-        edge_before.copy_(2 * first - x.narrow(axis, 1, 1))
-        edge_after.copy_(2 * last - x.narrow(axis, n - 2, 1))
-    return before, after
+        return 0.0
+    if mode == "replicate" or x.shape[axis] == 1:
+        return x.narrow(axis, edge, 1)
+    if mode == "reflect":
+        return x.narrow(axis, inner, 1)
+    return 2 * x.narrow(axis, edge, 1) - x.narrow(axis, inner, 1)
 
 
 def _difference(x: Tensor, axis: int, scale: float, mode: str) -> Tensor:
-    before, after = _neighbours(x, axis, mode)
-    return after.sub_(before).mul_(scale)
+    """scale (x[i + 1] - x[i - 1]), with x extended by `mode`."""
+    n = x.shape[axis]
+    out = torch.empty_like(x)
+    if n > 2:
+        torch.sub(x.narrow(axis, 2, n - 2), x.narrow(axis, 0, n - 2), out=out.narrow(axis, 1, n - 2))
+    if n == 1:
+        return out.zero_()  # the same value, or 0, on both sides
+    out.narrow(axis, 0, 1).copy_(x.narrow(axis, 1, 1) - _beyond(x, axis, 0, 1, mode))
+    out.narrow(axis, n - 1, 1).copy_(_beyond(x, axis, n - 1, n - 2, mode) - x.narrow(axis, n - 2, 1))
+    return out.mul_(scale)
 
 
 def _smooth(x: Tensor, axis: int, side: float, centre: float, mode: str) -> Tensor:
-    before, after = _neighbours(x, axis, mode)
-    return after.add_(before).mul_(side).add_(x, alpha=centre)
+    """side x[i - 1] + centre x[i] + side x[i + 1], with x extended by `mode`."""
+    n = x.shape[axis]
+    out = x * centre
+    if n > 1:
+        out.narrow(axis, 1, n - 1).add_(x.narrow(axis, 0, n - 1), alpha=side)
+        out.narrow(axis, 0, n - 1).add_(x.narrow(axis, 1, n - 1), alpha=side)
+    for edge, inner in ((0, 1), (n - 1, n - 2)):
+        out.narrow(axis, edge, 1).add_(_beyond(x, axis, edge, inner, mode), alpha=side)
+    return out
 
 
 def _adjoint(y: Tensor, axis: int, left: float, centre: float, right: float, mode: str) -> Tensor:
