@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +13,7 @@ from torch import nn
 
 from sure.config import TrainConfig, load_config, to_dict
 from sure.errors import UserError
+from sure.files import atomic, write_text
 from sure.models import build_model
 
 CHECKPOINTS = ("final", "best", "latest")
@@ -52,33 +50,15 @@ class Run:
     train: tuple[str, ...] = ()
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to write to; it takes the name when the block ends well, and goes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text to `path`, whole or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def checkpoint_path(run: Path, name: str) -> Path:
     return run / "checkpoints" / f"{name}.pt"
 
 
 def save_checkpoint(run: Path, name: str, state: dict[str, Any]) -> None:
     """Write checkpoints/NAME.pt, whole or not at all. `state` holds tensors and plain values only."""
-    with atomic(checkpoint_path(run, name)) as temporary:
+    path = checkpoint_path(run, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
         torch.save(state, temporary)
 
 

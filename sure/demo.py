@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from sure.checkpoint import write_text
 from sure.config import TrainConfig
 from sure.data import write_phantoms
 from sure.errors import UserError
 from sure.evaluate import evaluate
+from sure.files import write_text
 from sure.report import write_report
 from sure.train import train
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import datetime
 import io
 import json
 import math
-import os
 import platform
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +26,7 @@ import sure_kernels as sk
 from sure.checkpoint import Run, load_run
 from sure.data import IGNORE, Case, Dataset, EvaluationCase, check_dataset, discover, format_faults, load_case
 from sure.errors import UserError
+from sure.files import atomic_folder
 from sure.inference import Inference, as_batch, as_volume, infer
 from sure.report import figures
 from sure_kernels import metrics
@@ -139,7 +136,7 @@ def evaluate(
     report = _plain(report)
     gradient, uncertainty = (np.concatenate(values) for values in zip(*points, strict=True))
     boundary = figures.BoundaryPoints(gradient, uncertainty, summary["ucc_g"]["mean"]).thinned()
-    with _replacing(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "pictures").mkdir()
         for name in drawn:
             figures.save_planes(folder / report["pictures"]["planes"][name], cuts[name])
@@ -311,34 +308,3 @@ def _check_replaceable(out: Path) -> None:
         earlier = False
     if not earlier or present - {"metrics.json", "metrics.csv", "pictures"}:
         raise UserError(f"{out}: holds something else than an earlier evaluation; choose another folder")
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block succeeds, and goes when it fails."""
-    out = out.resolve()  # a link's target is replaced, not the link
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())
-        yield folder
-        if out.exists():
-            earlier = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            os.replace(out, earlier)  # onto an empty folder
-            try:
-                os.replace(folder, out)
-            except OSError:
-                os.replace(earlier, out)
-                raise
-            shutil.rmtree(earlier)
-        else:
-            os.replace(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -33,7 +33,6 @@ from sure.checkpoint import (
     read_experiment,
     save_checkpoint,
     write_experiment,
-    write_text,
 )
 from sure.config import TrainConfig, load_config, to_dict
 from sure.data import (
@@ -48,6 +47,7 @@ from sure.data import (
     split_cases,
 )
 from sure.errors import UserError
+from sure.files import write_text
 from sure.inference import infer
 from sure.models import build_model
 from sure.objective import build_objective

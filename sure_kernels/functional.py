@@ -225,7 +225,7 @@ def _explain(loss: Tensor, common: _Common) -> None:
     """Name the voxel when the loss is not finite because the logits were not."""
     if check.values_checked(common.logits) and not bool(torch.isfinite(loss)):
         valid = counted_voxels(common.target, common.ignore_index)
-        check.explain_non_finite(loss, common.logits, valid if common.mask is None else valid & common.mask)
+        check.explain_non_finite(common.logits, valid if common.mask is None else valid & common.mask)
 
 
 def evidential_loss(

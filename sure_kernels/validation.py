@@ -262,13 +262,9 @@ def check_int(value: object, name: str) -> int:
     return number
 
 
-def explain_non_finite(value: Tensor, logits: Tensor, valid: Tensor | None) -> None:
-    """After a non-finite result only: ValueError naming NaN or infinite logits in counted voxels, if any."""
-    if not values_checked(logits) or bool(torch.isfinite(value).all()):
-        return
-    bad = ~torch.isfinite(logits).all(1)
-    if valid is not None:
-        bad = bad & valid
+def explain_non_finite(logits: Tensor, valid: Tensor) -> None:
+    """For use after a non-finite result: ValueError naming NaN or infinite logits in counted voxels, if any."""
+    bad = ~torch.isfinite(logits).all(1) & valid
     if bool(bad.any()):
         where = torch.nonzero(bad)[0].tolist()
         raise ValueError(

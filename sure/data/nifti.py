@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sure.errors import UserError
+from sure.files import atomic
 
 SUFFIXES = (".nii", ".nii.gz")
 MAX_BYTES = 2**36
@@ -109,14 +110,10 @@ def save_nifti(array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path
     header.set_intent("none")
     # The same best affine as in the header: nibabel then leaves qform and sform as they are.
     image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(stored, best, header)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        raw = image.to_bytes()
+    raw = image.to_bytes()
+    with atomic(path) as temporary:
         # No time stamp and no file name inside: the same values give the same bytes.
         temporary.write_bytes(gzip.compress(raw, 4, mtime=0) if path.name.endswith(".gz") else raw)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def spacing_of(affine: NDArray[Any], ndim: int) -> tuple[float, ...]:

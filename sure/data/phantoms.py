@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from scipy.special import ndtr
 
 from sure.data.nifti import save_nifti
 from sure.errors import UserError
+from sure.files import atomic_folder
 
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 SPACING = (1.6, 1.6, 2.2)
@@ -94,10 +93,7 @@ def write_phantoms(out: Path, *, cases: int = 24, shape: tuple[int, int, int] = 
         raise UserError(f"seed: expected 0 or more, got {seed}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
-        temporary.chmod(0o755)
+    with atomic_folder(out) as temporary:
         (temporary / "imagesTr").mkdir()
         (temporary / "labelsTr").mkdir()
         names = [f"phantom_{i:03d}.nii.gz" for i in range(cases)]
@@ -120,9 +116,6 @@ def write_phantoms(out: Path, *, cases: int = 24, shape: tuple[int, int, int] = 
             "test": [],
         }
         (temporary / "dataset.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 

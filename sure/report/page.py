@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sure.errors import UserError
+from sure.files import write_text
 from sure.report import figures
 from sure.report.glossary import METRICS, Metric, describe
 from sure_kernels.metrics import Reliability
@@ -77,13 +77,7 @@ def write_report(
         glossary=METRICS,
         cases=_case_table(runs),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{os.getpid()}.{out.name}")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(out, html)
     return out
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from sure.checkpoint import atomic, checkpoint_path, load_run, read_checkpoint
+from sure.checkpoint import checkpoint_path, load_run, read_checkpoint
 from sure.config import TrainConfig, from_dict, load_config, to_dict
 from sure.data import write_phantoms
 from sure.errors import UserError
+from sure.files import atomic
 from sure.models import build_model
 from sure.objective import build_objective
 from sure.train import train
