@@ -17,6 +17,8 @@ from sure_kernels.functional import (
     dirichlet_uncertainty,
     evidential_loss,
     gradient_magnitude,
+    gradient_uncertainty_loss,
+    pairwise_ranking_loss,
     supervised_evidential_loss,
 )
 from sure_kernels.modules import DirichletUncertainty, EvidentialLoss, GradientMagnitude, SURELoss
@@ -40,7 +42,9 @@ __all__ = [
     "evidential_loss",
     "get_backend",
     "gradient_magnitude",
+    "gradient_uncertainty_loss",
     "metrics",
+    "pairwise_ranking_loss",
     "reference",
     "set_backend",
     "supervised_evidential_loss",

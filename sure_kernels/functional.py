@@ -20,6 +20,7 @@ from sure_kernels.backends import get_backend
 from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR, counted_voxels
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
+from sure_kernels.metrics import points
 from sure_kernels.ops.boundary_distance import op as distance_op
 from sure_kernels.ops.boundary_distance import reference as distance_reference
 from sure_kernels.ops.dirichlet import reference as dirichlet_reference
@@ -30,6 +31,8 @@ from sure_kernels.ops.evidential.closed_form import Formula, Weights
 from sure_kernels.ops.evidential.op import EvidentialLossFunction
 from sure_kernels.ops.gradient_magnitude import reference as gradient_reference
 from sure_kernels.ops.gradient_magnitude.op import GradientMagnitudeFunction
+from sure_kernels.ops.ranking import reference as ranking_reference
+from sure_kernels.ops.ranking.op import Method, PairwiseRankingFunction
 from sure_kernels.ops.supervised import reference as supervised_reference
 from sure_kernels.ops.supervised.closed_form import Supervision
 from sure_kernels.ops.supervised.op import Filter, SupervisedEvidentialLossFunction
@@ -37,6 +40,7 @@ from sure_kernels.ops.supervised.op import Filter, SupervisedEvidentialLossFunct
 KINDS = ("digamma", "log", "mse")
 DICE_FORMS = ("adaptive_tversky", "soft")
 RELATIONS = ("decreasing", "increasing")
+RANKINGS = ("exact", "sampled", "covariance")
 SUPERVISIONS = ("covariance", "correlation", "exact")
 
 
@@ -640,3 +644,164 @@ def _reference_supervised(
     w = common.weights
     loss = w.ace * ace + w.kl * kl + w.dice * dice + options.gradient_weight * c + options.far_weight * f
     return loss, torch.stack((ace, kl, dice, c, f)).detach()
+
+
+def pairwise_ranking_loss(
+    values: Tensor,
+    scores: Tensor,
+    *,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    relation: str = "decreasing",
+    method: str = "exact",
+    num_pairs: int | None = None,
+    generator: torch.Generator | None = None,
+    process_group: Any | None = None,
+    compat: str | None = None,
+) -> Tensor:
+    """How far pairs of points break a relation between `values` and `scores` (Li et al., MICCAI 2025, over all pairs).
+
+    R = sum over violating pairs of |x_i - x_j| |y_i - y_j| / their number, of each image, then the mean over all
+    images; an image without a violating pair adds 0. A pair violates "decreasing" where the larger value has the
+    larger score, "increasing" where it has the smaller; pairs tied in either never do. The gradient flows to `values`
+    alone: scores are detached, and the number of pairs is a constant.
+
+    Args:
+        values: maps (N, 1, *spatial) or sets of points (N, n), floating point. Differentiable.
+        scores: the same shape, floating point (float64 counts in full, whatever the dtype of values).
+        mask: boolean (0/1 numbers accepted), True = counts; the shape of values, maps also (N, *spatial).
+        groups: integers of the shape of mask, for example the label: only pairs within a group count, and a row's
+            groups pool their pairs.
+        relation: `decreasing` or `increasing`.
+        method: `exact` takes all pairs, in O(n log n) time and O(n) memory; `sampled` draws `num_pairs` pairs of each
+            image with replacement, as published; `covariance` is the one-pass relaxation relu(Cov(x, y) / std(y)),
+            with moments about the means of the groups.
+        num_pairs: of `sampled`: pairs drawn from each image, by default as many as it has points.
+        generator: of `sampled`: source of the pairs; the same generator gives the same pairs.
+        process_group: the mean is over the images of all ranks; gradients follow DistributedDataParallel's averaging.
+            As pairs never cross images, nothing but one sum is exchanged.
+        compat: "official" reproduces the published programs. `sampled` adds up the means of 20,000 pairs at a time,
+            takes from each image at most what the one before it could give (all its pairs), and by default as many as
+            the first image has points. `exact` is what that tends to: each image's mean times its number of chunks;
+            with `groups` the sum over groups of their means, as PriUS has it.
+
+    Returns:
+        0-d float32, float64 for float64 values. On a GPU a mask or groups make the host wait once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    x = points.as_points(values, "values")
+    if x.ndim == 1 or 0 in x.shape:
+        raise ValueError(f"values: expected shape (N, n) or (N, 1, *spatial) without empty axes, got {tuple(x.shape)}")
+    method_ = _check_method(relation, method, num_pairs, generator, compat)
+    y = points.match(points.as_points(scores, "scores"), "scores", x, "values")
+    counted = None if mask is None else points.match_boolean(mask, "mask", x, "values")
+    group = None if groups is None else points.match_groups(groups, x, "values")
+    return _ranking(points.rows(x), y, counted, group, method_, generator, process_group)
+
+
+def _check_method(
+    relation: str, method: str, num_pairs: int | None, generator: torch.Generator | None, compat: str | None
+) -> Method:
+    checked = Method(
+        check.check_choice(relation, "relation", RELATIONS),
+        check.check_choice(method, "method", RANKINGS),
+        None if num_pairs is None else check.check_int(num_pairs, "num_pairs"),
+        check.check_compat(compat),
+    )
+    if checked.num_pairs is not None and checked.num_pairs < 1:
+        raise ValueError(f"num_pairs: expected at least 1, got {num_pairs}")
+    if checked.official and checked.name == "covariance":
+        raise ValueError("compat: expected None for method='covariance', which was not published, got 'official'")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    return checked
+
+
+def _ranking(
+    values: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    groups: Tensor | None,
+    method: Method,
+    generator: torch.Generator | None,
+    process_group: Any | None,
+) -> Tensor:
+    """`pairwise_ranking_loss` of checked rows (N, n)."""
+    backend = get_backend(values, "pairwise_ranking_loss")
+    if backend == "reference" and method.name != "sampled" and not method.official:
+        loss = ranking_reference.pairwise_ranking(
+            values, scores, mask, groups, relation=method.relation, method=method.name, process_group=process_group
+        )
+    else:
+        loss = PairwiseRankingFunction.apply(
+            values, scores.detach(), mask, groups, method, generator, process_group, backend
+        )
+    if check.values_checked(values) and not bool(torch.isfinite(loss)):
+        for name, tensor in (("values", values), ("scores", scores)):
+            bad = ~torch.isfinite(tensor) if mask is None else ~torch.isfinite(tensor) & mask
+            if bool(bad.any()):
+                raise ValueError(
+                    f"{name}: expected finite numbers at counted points, got {int(bad.sum())} that are not"
+                )
+    return loss
+
+
+def gradient_uncertainty_loss(
+    uncertainty: Tensor,
+    gradient: Tensor,
+    distance: Tensor,
+    *,
+    max_distance: float = 1.0,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    relation: str = "decreasing",
+    method: str = "exact",
+    num_pairs: int | None = None,
+    generator: torch.Generator | None = None,
+    process_group: Any | None = None,
+    compat: str | None = None,
+) -> Tensor:
+    """L_gu: on a boundary, the stronger the image gradient, the lower the uncertainty (Li et al., MICCAI 2025).
+
+    `pairwise_ranking_loss` of the uncertainty against the gradient magnitude over voxels with
+    distance <= max_distance; see there for the arguments not named here.
+
+    Args:
+        uncertainty: (N, 1, *spatial), floating point, for example the vacuity. Differentiable.
+        gradient: gradient magnitude of the image, (N, 1, *spatial) or (N, *spatial); detached.
+        distance: `boundary_distance`, (N, 1, *spatial) or (N, *spatial).
+        max_distance: voxels at most so far from a boundary are on it.
+        groups: the label, to compare voxels only within a class (PriUS).
+
+    Returns:
+        0-d float32, float64 for a float64 uncertainty.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    u = _uncertainty_map(uncertainty, "uncertainty")
+    g = _like_uncertainty(gradient, "gradient", u)
+    near = _like_uncertainty(distance, "distance", u) <= check.check_number(max_distance, "max_distance")
+    if mask is not None:
+        near = near & points.match_boolean(mask, "mask", u, "uncertainty")
+    method_ = _check_method(relation, method, num_pairs, generator, compat)
+    group = None if groups is None else points.match_groups(groups, u, "uncertainty")
+    return _ranking(points.rows(u), g, near, group, method_, generator, process_group)
+
+
+def _uncertainty_map(value: object, name: str) -> Tensor:
+    """A floating-point map (N, 1, *spatial)."""
+    tensor = check.check_float_map(value, name)
+    if tensor.shape[1] != 1:
+        raise ValueError(f"{name}: expected shape (N, 1, *spatial), got {check.shape_of(tensor)}")
+    return tensor
+
+
+def _like_uncertainty(value: object, name: str, uncertainty: Tensor) -> Tensor:
+    """A detached floating-point map, (N, 1, *spatial) or (N, *spatial) like the uncertainty's, as rows (N, V)."""
+    rows = points.match(value, name, uncertainty, "uncertainty").detach()
+    if not rows.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point map, got {rows.dtype}")
+    return rows

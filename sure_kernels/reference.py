@@ -30,6 +30,8 @@ __all__ = [
     "evidential_loss",
     "expected_cross_entropy",
     "gradient_magnitude",
+    "gradient_uncertainty_loss",
+    "pairwise_ranking_loss",
     "soft_dice",
     "supervised_evidential_loss",
 ]
@@ -51,4 +53,6 @@ dirichlet_uncertainty = _by_reference(functional.dirichlet_uncertainty)
 evidential_loss = _by_reference(functional.evidential_loss)
 boundary_distance = _by_reference(functional.boundary_distance)
 boundary_band = _by_reference(functional.boundary_band)
+pairwise_ranking_loss = _by_reference(functional.pairwise_ranking_loss)
+gradient_uncertainty_loss = _by_reference(functional.gradient_uncertainty_loss)
 supervised_evidential_loss = _by_reference(functional.supervised_evidential_loss)

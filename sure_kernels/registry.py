@@ -67,6 +67,11 @@ def _image(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     return torch.randn((1, 1, *shape), generator=g).to(dtype)
 
 
+def _ranked(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An uncertainty and a gradient magnitude."""
+    return torch.rand((1, 1, *shape), generator=g).to(dtype), torch.rand((1, 1, *shape), generator=g)
+
+
 OPS = (
     OpSpec("gradient_magnitude", "gradient_magnitude", lambda g, k, s, d: ((_image(g, s, d),), {})),
     OpSpec(
@@ -94,5 +99,14 @@ OPS = (
         "boundary_distance",
         lambda g, k, s, d: ((blobs(g, k, s),), {"near": 4.0, "far": 4.0}),
         differentiable=False,
+    ),
+    OpSpec("pairwise_ranking_loss", "ranking", lambda g, k, s, d: (_ranked(g, s, d), {})),
+    OpSpec(
+        "gradient_uncertainty_loss",
+        "ranking",
+        lambda g, k, s, d: (
+            (*_ranked(g, s, d), functional.boundary_distance(blobs(g, k, s), max_distance=1.0)),
+            {},
+        ),
     ),
 )

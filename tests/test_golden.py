@@ -11,6 +11,7 @@ from tolerances import GOLDEN_FLOAT32, GOLDEN_FLOAT64, GOLDEN_GRADIENT, GOLDEN_O
 
 import sure_kernels as sk
 from sure_kernels import schedules
+from sure_kernels.ops.ranking import closed_form
 
 WAYS = {"reference in float64": (sk.reference, torch.float64), "eager in float32": (sk, torch.float32)}
 
@@ -131,6 +132,67 @@ def test_image_gradients(golden, way):
     per_channel = data["sure_3d_2ch"].view(1, 10, 12, 14, 2).movedim(-1, 1)
     for channel in range(2):
         check(two[:, channel : channel + 1], per_channel[:, channel : channel + 1], **central)
+
+
+def boundary_maps(golden, file, dtype):
+    """(data, (u, g, d)) of one of the files 04, maps (N, 1, *spatial)."""
+    data = golden(file)
+    u, g, d = (data[name].to(dtype if name == "u" else torch.float64, copy=True)[:, None] for name in "ugd")
+    return data, (u.requires_grad_(), g, d)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", ["04_gradient_loss_0", "04_gradient_loss_1"])
+def test_gradient_loss_over_all_pairs(golden, file, way):
+    namespace, dtype = WAYS[way]
+    data, (u, g, d) = boundary_maps(golden, file, dtype)
+    tolerance = GOLDEN_FLOAT32 if dtype == torch.float32 else GOLDEN_FLOAT64
+    loss = namespace.gradient_uncertainty_loss(u, g, d, max_distance=data["delta"])
+    loss.backward()
+    assert relative(loss, data["ref_loss"]) < tolerance
+    assert gradient_error(u.grad[:, 0], data["ref_grad_u"]) < GOLDEN_GRADIENT
+    for i, expected in enumerate(data["ref_per_image"]):
+        one = namespace.gradient_uncertainty_loss(u[i : i + 1].detach(), g[i : i + 1], d[i : i + 1])
+        assert float(one) == pytest.approx(float(expected), rel=tolerance, abs=0)
+    points = closed_form.sets_of(u.detach().flatten(1), g.flatten(1), d.flatten(1) <= 1, None, "decreasing")
+    assert torch.equal(points.sizes, data["n_boundary"])
+    assert torch.equal(closed_form.violating_pairs(points).number, data["ref_pos_pairs"])
+
+
+@pytest.mark.parametrize("file", ["04_gradient_loss_0", "04_gradient_loss_1"])
+def test_published_gradient_loss(golden, file):
+    """The program's own pairs, drawn from the same seed: chunk-summed, and fewer for every image."""
+    data, (u, g, d) = boundary_maps(golden, file, torch.float32)
+
+    def loss(seed, num_pairs):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"method": "sampled", "num_pairs": num_pairs, "generator": generator, "compat": "official"}
+        return sk.gradient_uncertainty_loss(u, g, d, **options)
+
+    for i, expected in enumerate(data["full_losses"]):
+        assert relative(loss(1000 + i, 10**7), expected) < GOLDEN_FLOAT32
+    assert relative(loss(5, None), data["none_loss"]) < GOLDEN_FLOAT32
+    # What the drawn pairs tend to.
+    exact = sk.gradient_uncertainty_loss(u, g, d, compat="official")
+    assert relative(exact, data["full_losses"].mean()) < 2e-3
+    sizes = data["n_boundary"].tolist()
+    samples = [n for n in closed_form.published_samples(sizes, 10**7) if n]
+    assert samples == data["full_samples"].tolist()
+
+
+@pytest.mark.parametrize("file", ["04_gradient_loss_0", "04_gradient_loss_1"])
+@pytest.mark.parametrize("size", [4000, 45000])
+def test_published_gradient_loss_of_given_pairs(golden, file, size, monkeypatch):
+    data, (u, g, d) = boundary_maps(golden, file, torch.float32)
+    drawn = [data[f"s{size}_{c}"].long().split(data[f"s{size}_len"].tolist()) for c in "ij"]
+    given = iter([part for pair in zip(*drawn, strict=True) for part in pair])
+    monkeypatch.setattr(
+        torch, "randint", lambda low, high, shape, **_: next(given) if shape[0] else torch.zeros(0, dtype=torch.int64)
+    )
+    loss = sk.gradient_uncertainty_loss(u, g, d, method="sampled", num_pairs=size, compat="official")
+    loss.backward()
+    assert relative(loss, data[f"s{size}_loss"]) < GOLDEN_FLOAT32
+    assert gradient_error(u.grad[:, 0], data[f"s{size}_grad_u"]) < GOLDEN_GRADIENT
 
 
 @pytest.mark.parametrize("namespace", [sk, sk.reference], ids=["eager", "reference"])

@@ -26,6 +26,10 @@ def uncertainty(logits=Z, **options):
     return sk.dirichlet_uncertainty(logits, **options)
 
 
+def ranking(values=X, scores=X, **options):
+    return sk.pairwise_ranking_loss(values, scores, **options)
+
+
 BAD = {
     "logits no tensor": (lambda: loss([1.0]), TypeError, r"logits: expected a torch.Tensor, got list"),
     "logits integer": (lambda: loss(Z.long()), TypeError, r"logits: expected float32.*got torch.int64"),
@@ -98,6 +102,33 @@ BAD = {
         r"target: expected shape",
     ),
     "max_distance": (lambda: sk.boundary_distance(Y, max_distance=-1.0), ValueError, r"max_distance: expected"),
+    "values of one set": (lambda: ranking(torch.zeros(5)), ValueError, r"values: expected shape \(N, n\)"),
+    "values empty": (lambda: ranking(torch.zeros((2, 0))), ValueError, r"values: .*without empty axes"),
+    "values integer": (lambda: ranking(Y), TypeError, r"values: expected float32"),
+    "scores shape": (lambda: ranking(scores=X[:1]), ValueError, r"scores: expected shape \(2, 1, 4, 5\) like values"),
+    "scores NaN": (lambda: ranking(X + torch.arange(5), X * math.nan), ValueError, r"scores: expected finite"),
+    "ranked NaN": (lambda: ranking(X * math.nan, X), ValueError, r"values: expected finite numbers at counted points"),
+    "groups float": (lambda: ranking(groups=X), TypeError, r"groups: expected an integer dtype"),
+    "ranking mask": (lambda: ranking(mask=X + 2), ValueError, r"mask: expected only 0 and 1"),
+    "method": (lambda: ranking(method="all"), ValueError, r"method: expected one of exact, sampled, covariance"),
+    "num_pairs": (lambda: ranking(method="sampled", num_pairs=0), ValueError, r"num_pairs: expected at least 1"),
+    "generator": (lambda: ranking(method="sampled", generator=1), TypeError, r"generator: expected a torch.Generator"),
+    "official covariance": (
+        lambda: ranking(method="covariance", compat="official"),
+        ValueError,
+        r"compat: expected None for method='covariance'",
+    ),
+    "uncertainty of channels": (
+        lambda: sk.gradient_uncertainty_loss(Z, Z, Z),
+        ValueError,
+        r"uncertainty: expected shape \(N, 1, \*spatial\)",
+    ),
+    "distance shape": (
+        lambda: sk.gradient_uncertainty_loss(X, X, X[:, :, :2]),
+        ValueError,
+        r"distance: expected shape \(2, 1, 4, 5\) like uncertainty",
+    ),
+    "integer gradient": (lambda: sk.gradient_uncertainty_loss(X, Y, X), TypeError, r"gradient: expected a floating"),
     "backend": (lambda: sk.set_backend("cuda"), ValueError, r"backend: expected one of auto, triton"),
     "epoch": (lambda: sk.SURELoss().set_epoch(-1), ValueError, r"epoch: expected a finite number"),
 }

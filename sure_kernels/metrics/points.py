@@ -61,6 +61,14 @@ def match_boolean(value: object, name: str, points: Tensor, points_name: str) ->
     return tensor != 0
 
 
+def match_groups(groups: object, points: Tensor, points_name: str) -> Tensor:
+    """`match`, of integers (or booleans) that name the group of each point."""
+    tensor = match(groups, "groups", points, points_name)
+    if tensor.dtype not in (*INT_DTYPES, torch.bool):
+        raise TypeError(f"groups: expected an integer dtype, got {tensor.dtype}")
+    return torch_integer(tensor)
+
+
 def each_set(x: object, y: object, mask: object, groups: object) -> tuple[Tensor, Iterator[list[Tensor]]]:
     """Checked `x`, and for every row of it the sets of points to compare.
 
@@ -70,12 +78,7 @@ def each_set(x: object, y: object, mask: object, groups: object) -> tuple[Tensor
     x = as_points(x, "x")
     y_rows = match(as_points(y, "y"), "y", x, "x")
     mask_rows = None if mask is None else match_boolean(mask, "mask", x, "x")
-    group_rows = None
-    if groups is not None:
-        group_rows = match(groups, "groups", x, "x")
-        if group_rows.dtype not in (*INT_DTYPES, torch.bool):
-            raise TypeError(f"groups: expected an integer dtype, got {group_rows.dtype}")
-        group_rows = torch_integer(group_rows)
+    group_rows = None if groups is None else match_groups(groups, x, "x")
 
     def sets() -> Iterator[list[Tensor]]:
         x_rows = rows(x)

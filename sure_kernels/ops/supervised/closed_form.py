@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sure_kernels.kernel_lib.distributed import all_reduced
 from sure_kernels.ops.evidential.closed_form import SUPERVISION_SUMS
-from sure_kernels.ops.supervised.reference import FLAT
+from sure_kernels.ops.ranking.reference import FLAT
 
 
 class Supervision(NamedTuple):

@@ -20,8 +20,8 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases
 from sure_kernels.ops.evidential import kernel as evidential
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients
+from sure_kernels.ops.ranking.reference import FLAT
 from sure_kernels.ops.supervised.closed_form import Supervision
-from sure_kernels.ops.supervised.reference import FLAT
 
 _FLAT_SQUARE = tl.constexpr(FLAT**2)
 

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from sure_kernels.kernel_lib.distributed import all_reduced, global_sum
 from sure_kernels.kernel_lib.labels import BOUNDARY, FAR
-
-# A spread below this share of the root mean square is rounding, and counts as none.
-FLAT = 1e-6
+from sure_kernels.ops.ranking.reference import covariance
 
 
 def covariance_supervision(
@@ -24,24 +22,9 @@ def covariance_supervision(
 
     0 where fewer than two voxels are selected or g (for `form="correlation"` also u) does not vary.
     """
-    g = g.detach().to(u.dtype)
-    rows = [_one_image(u[i][selected[i]], g[i][selected[i]], relation, form) for i in range(len(u))]
-    return torch.stack(rows)
-
-
-def _one_image(u: Tensor, g: Tensor, relation: str, form: str) -> Tensor:
-    nothing = 0.0 * u.sum()
-    if u.numel() < 2 or not _varies(g) or (form == "correlation" and not _varies(u)):
-        return nothing
-    du, dg = u - u.mean(), g - g.mean()
-    value = (du * dg).mean() / dg.square().mean().sqrt()
-    if form == "correlation":
-        value = value / du.square().mean().sqrt()
-    return torch.relu(value if relation == "decreasing" else -value)
-
-
-def _varies(x: Tensor) -> bool:
-    return bool((x - x.mean()).square().mean() > FLAT**2 * x.square().mean())
+    correlation = form == "correlation"
+    points = ((u[i][on], g[i][on]) for i, on in enumerate(selected))
+    return torch.stack([covariance(x, y, relation=relation, correlation=correlation) for x, y in points])
 
 
 def supervision_terms(
