@@ -21,7 +21,13 @@ from torch import Tensor
 from sure_kernels.validation import check_choice
 
 BACKENDS = ("auto", "triton", "compiled", "eager", "reference")
-TRITON_OPS = ("gradient_magnitude", "dirichlet_uncertainty", "evidential_loss", "supervised_evidential_loss")
+TRITON_OPS = (
+    "gradient_magnitude",
+    "dirichlet_uncertainty",
+    "evidential_loss",
+    "supervised_evidential_loss",
+    "pairwise_ranking_loss",
+)
 # Triton compiles for NVIDIA GPUs from this compute capability on.
 _OLDEST_CAPABILITY = (7, 0)
 

@@ -42,7 +42,12 @@ def pairwise_ranking(
     if method == "covariance":
         loss, slope = closed_form.covariance(sets)
     else:
-        pairs = closed_form.violating_pairs(sets)
+        if backend == "triton":
+            from sure_kernels.ops.ranking import kernel
+
+            pairs = kernel.violating_pairs(sets)
+        else:
+            pairs = closed_form.violating_pairs(sets)
         times = closed_form.official_times(sets, num_pairs, groups is not None) if official else None
         loss, slope = closed_form.exact(sets, pairs, times)
     return loss, closed_form.on_rows(sets, slope, values.shape, working_dtype(values.dtype))

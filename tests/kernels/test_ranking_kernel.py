@@ -1,0 +1,174 @@
+"""`pairwise_ranking_loss` in Triton against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import UPSTREAM, laid_out, largest_error, with_gradient
+from tolerances import FLOAT32_GRADIENT, FLOAT32_VALUE
+
+import sure_kernels as sk
+from sure_kernels.functional import RELATIONS
+from sure_kernels.ops.ranking import closed_form, kernel
+from sure_kernels.ops.ranking import op as custom
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+
+@pytest.fixture(params=["direct", "levels"])
+def way(request, monkeypatch):
+    """Both ways for few points: tiles of 8 leave several levels above them."""
+    if request.param == "levels":
+        monkeypatch.setattr(kernel, "MOST_DIRECT", 0)
+    monkeypatch.setattr(kernel, "TILE", 8)
+    monkeypatch.setattr(kernel, "ROWS", 4)
+    monkeypatch.setattr(kernel, "COLUMNS", 4)
+    monkeypatch.setattr(kernel, "CHUNK", 4)
+    return request.param
+
+
+def points(shape, device, seed=0, levels=16):
+    """Values and scores with ties; a mask, groups."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = ((torch.rand(shape, generator=g) * levels).round() / levels for _ in range(2))
+    return (
+        x.to(device),
+        y.to(device),
+        (torch.rand(shape, generator=g) < 0.7).to(device),
+        (torch.randint(0, 3, shape, generator=g).to(device)),
+    )
+
+
+def compare(values, scores, kind="dense", tolerance=FLOAT32_GRADIENT, **options):
+    """Loss and gradient against the reference at the same numbers, and the number of pairs."""
+    (got,), gradient = with_gradient(lambda t: (sk.pairwise_ranking_loss(t, scores, **options),), values, kind)
+    (expected,), expected_gradient = with_gradient(
+        lambda t: (sk.reference.pairwise_ranking_loss(t, scores, **options),), values.double(), kind
+    )
+    assert got.dtype == torch.float32
+    assert gradient.dtype == values.dtype
+    assert abs(float(got) - float(expected)) <= FLOAT32_VALUE * max(1.0, float(expected))
+    if float(expected_gradient.abs().max()) == 0:
+        assert not gradient.any()
+    else:
+        assert largest_error(gradient, expected_gradient) <= tolerance
+
+
+@pytest.mark.usefixtures("poisoned_memory", "way")
+class TestValues:
+    @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 33, 70])
+    @pytest.mark.parametrize("relation", RELATIONS)
+    def test_sizes(self, n, relation, device):
+        values, scores, _, _ = points((1, n), device)
+        compare(values, scores, relation=relation)
+
+    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        rows=st.integers(1, 3),
+        n=st.integers(1, 40),
+        levels=st.sampled_from([3, 16, 10_000]),
+        masked=st.booleans(),
+        grouped=st.booleans(),
+        relation=st.sampled_from(RELATIONS),
+        seed=st.integers(0, 2**20),
+    )
+    def test_ragged_sets(self, rows, n, levels, masked, grouped, relation, seed, device):
+        values, scores, mask, groups = points((rows, n), device, seed, levels)
+        options = {"mask": mask if masked else None, "groups": groups if grouped else None}
+        compare(values, scores, relation=relation, **options)
+
+    def test_counts(self, device):
+        values, scores, mask, groups = points((3, 50), device)
+        sets = closed_form.sets_of(values, scores, mask, groups, "decreasing")
+        got, expected = kernel.violating_pairs(sets), closed_form.violating_pairs(sets)
+        assert torch.equal(got.number, expected.number)
+        torch.testing.assert_close(got.difference, expected.difference, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got.total, expected.total, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half(self, dtype, device):
+        values, scores, mask, _ = points((2, 30), device)
+        compare(values.to(dtype), scores.to(dtype), mask=mask, tolerance=2**-7 if dtype == torch.bfloat16 else 2**-10)
+
+    def test_scores_of_full_precision_count_in_full(self, device):
+        values = torch.arange(20.0, device=device)[None]
+        scores = 1.0 + 1e-12 * values.double()
+        compare(values, scores)
+        assert float(sk.pairwise_ranking_loss(values, scores)) > 0
+
+    @pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
+    @pytest.mark.parametrize("kind", UPSTREAM[:2])
+    def test_layouts(self, layout, kind, device):
+        values, scores, _, groups = points((2, 1, 4, 5), device)
+        compare(laid_out(values, layout), laid_out(scores, layout), kind, groups=groups)
+
+    def test_nothing_to_rank(self, device):
+        values, scores, _, _ = points((2, 12), device)
+        for mask in (torch.zeros_like(values), torch.arange(24, device=device).view(2, 12) == 15):
+            compare(values, scores, mask=mask)
+        compare(torch.full_like(values, 0.5), scores)
+        compare(values, 1 - values)
+
+    def test_nan_is_not_lost(self, device, monkeypatch):
+        monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
+        values, scores, _, _ = points((1, 20), device)
+        nothing = torch.full_like(values, float("nan"))
+        assert torch.isnan(sk.pairwise_ranking_loss(nothing, scores))
+        assert torch.isnan(sk.pairwise_ranking_loss(values, nothing))
+
+    def test_runs_repeat_to_the_bit(self, device):
+        values, scores, mask, _ = points((2, 60), device, levels=10_000)
+        first, second = (
+            with_gradient(lambda t: (sk.pairwise_ranking_loss(t, scores, mask=mask),), values, "dense")
+            for _ in range(2)
+        )
+        assert torch.equal(first[0][0], second[0][0])
+        assert torch.equal(first[1], second[1])
+
+    def test_covariance(self, device):
+        values, scores, mask, groups = points((3, 40), device)
+        compare(values, values + scores, mask=mask, groups=groups, method="covariance")
+
+
+@pytest.mark.parametrize("sizes", [[5], [4, 0, 9], []])
+def test_blocks(sizes, device):
+    table, bounds = kernel._blocks(sizes, 4, torch.device(device))
+    slots = [range(first, min(first + 4, end)) for _, end, first in table.T.tolist()]
+    assert [s for block in slots for s in block] == list(range(sum(sizes)))
+    assert len(bounds) == len(sizes) + 1
+    for i, size in enumerate(sizes):
+        mine = table[:, bounds[i] : bounds[i + 1]]
+        assert mine.shape[1] == -(-size // 4)
+        assert bool((mine[0] == sum(sizes[:i])).all())
+
+
+def test_sizes_of_the_table(device):
+    """With the block sizes that are shipped, on both sides of the border between the ways."""
+    values, scores, _, _ = points((1, 3 * kernel.TILE // 2), device, levels=10_000)
+    sets = closed_form.sets_of(values, scores, None, None, "decreasing")
+    expected = closed_form.violating_pairs(sets)
+    for most in (len(sets.value), len(sets.value) - 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "MOST_DIRECT", most)
+            got = kernel.violating_pairs(sets)
+        assert torch.equal(got.number, expected.number)
+        torch.testing.assert_close(got.difference, expected.difference, rtol=0, atol=1e-9)
+
+
+def test_custom_op_is_well_formed(device):
+    values, scores, mask, groups = points((2, 30), device)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for method in ("exact", "covariance"):
+        options = ("decreasing", method, None, False, "triton")
+        torch.library.opcheck(custom.pairwise_ranking, (values, scores, mask, groups, *options), test_utils=checks)
+
+
+def test_full_graph(device):
+    values, scores, mask, _ = points((2, 1, 5, 6), device)
+    compiled = torch.compile(sk.pairwise_ranking_loss, fullgraph=True, backend="aot_eager")
+    eager = with_gradient(lambda t: (sk.pairwise_ranking_loss(t, scores, mask=mask),), values, "dense")
+    traced = with_gradient(lambda t: (compiled(t, scores, mask=mask),), values, "dense")
+    assert torch.equal(eager[0][0], traced[0][0])
+    assert torch.equal(eager[1], traced[1])
