@@ -459,9 +459,10 @@ def supervised_evidential_loss(
 ) -> Any:
     """Evidential loss and gradient-weighted uncertainty supervision in the same sweep.
 
-    evidential_loss + gradient_weight * C + far_weight * F. C is the covariance form of the gradient-uncertainty
-    loss, relu(Cov(u, g) / std(g)) over the boundary voxels of an image (vacuity u, gradient magnitude g), averaged
-    over images; F the mean of u over voxels far from every boundary. Gradients flow to the logits alone.
+    evidential_loss + gradient_weight * C + far_weight * F. By default C is the covariance form of the
+    gradient-uncertainty loss, relu(Cov(u, g) / std(g)) over the boundary voxels of an image (vacuity u, gradient
+    magnitude g), averaged over images; F the mean of u over voxels far from every boundary. Gradients flow to the
+    logits alone.
 
     Args:
         logits, target: as `evidential_loss`, which also explains the arguments not named here.
@@ -469,7 +470,9 @@ def supervised_evidential_loss(
         gradient: gradient magnitude (N, 1, *spatial) computed once; `image` is then not read.
         distance: boundary distance (N, 1, *spatial) computed once.
         band: `boundary_band` (N, 1, *spatial) computed once; goes before `distance`.
-        supervision: `covariance`, or `correlation` (divided by std(u) as well). `exact` is not available yet.
+        supervision: `covariance`, `correlation` (divided by std(u) as well), or `exact`: the pairwise ranking over all
+            pairs of an image's boundary voxels, `gradient_uncertainty_loss`, in place of C. It reads the logits once
+            more, keeps a float32 map for backward, and on a GPU makes the host wait once.
         boundary, near, far: distances that define the band, in the unit of `spacing`.
         relation: `decreasing` penalises uncertainty that rises with the gradient, `increasing` the opposite.
         operator, spacing, padding_mode, channel_reduction: as `gradient_magnitude`; `spacing` also serves the
@@ -482,7 +485,6 @@ def supervised_evidential_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; also when `image`, `gradient`
             or `distance` require a gradient, which they cannot get.
-        NotImplementedError: for supervision="exact".
     """
     common = _check_common(
         logits,
@@ -502,11 +504,6 @@ def supervised_evidential_loss(
         op="supervised_evidential_loss",
     )
     form = check.check_choice(supervision, "supervision", SUPERVISIONS)
-    if form == "exact":
-        raise NotImplementedError(
-            "supervision='exact' needs the exact pairwise ranking, which this version does not have yet; "
-            "use 'covariance' or 'correlation'"
-        )
     options = Supervision(
         check.check_number(gradient_weight, "gradient_weight"),
         check.check_number(far_weight, "far_weight"),

@@ -122,7 +122,7 @@ class SURELoss(nn.Module):
         gradient_weight: beta, the weight of the gradient-uncertainty term L_gu.
         far_weight: weight of the mean uncertainty far from every boundary (F).
         noise_weight: gamma, the weight of the noise-uncertainty loss. Only 0 for now.
-        supervision: form of L_gu: `covariance` or `correlation`; `exact` is not available yet.
+        supervision: form of L_gu: `covariance`, `correlation` or `exact`, the ranking of all pairs.
         Everything else as `supervised_evidential_loss`, with the published weights 10, 1, 10 as defaults.
 
     forward(input, target, *, image=None, gradient=None, distance=None, band=None, mask=None):
@@ -132,7 +132,7 @@ class SURELoss(nn.Module):
 
     Raises:
         ValueError: unless num_epochs > good_model_step, and as the functions it calls.
-        NotImplementedError: for noise_weight > 0, supervision="exact" or noised logits.
+        NotImplementedError: for noise_weight > 0 or noised logits.
     """
 
     def __init__(
@@ -176,11 +176,7 @@ class SURELoss(nn.Module):
             raise NotImplementedError(
                 f"noise_weight: the noise-uncertainty loss is not in this version yet; expected 0, got {noise_weight}"
             )
-        if check_choice(supervision, "supervision", functional.SUPERVISIONS) == "exact":
-            raise NotImplementedError(
-                "supervision: the exact pairwise ranking is not in this version yet; expected 'covariance' or "
-                "'correlation'"
-            )
+        check_choice(supervision, "supervision", functional.SUPERVISIONS)
         self.kl_weight = check_number(kl_weight, "kl_weight")
         self.gradient_weight = check_number(gradient_weight, "gradient_weight")
         self.far_weight = check_number(far_weight, "far_weight")

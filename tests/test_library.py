@@ -207,6 +207,21 @@ def joined_batch():
     return logits, target, torch.randn((3, 1, 6, 7), generator=g, dtype=torch.float64)
 
 
+def _supervised(z, y, x, **options):
+    return sk.supervised_evidential_loss(z, y, x, near=1.0, far=1.5, gradient_weight=20.0, **options)
+
+
+LOSSES = {
+    "evidential": lambda z, y, x, **group: sk.evidential_loss(z, y, **group),
+    "supervised": _supervised,
+    "exact": lambda z, y, x, **group: _supervised(z, y, x, supervision="exact", relation="increasing", **group),
+    "ranking": lambda z, y, x, **group: sk.pairwise_ranking_loss(z[:, :1], x, mask=y != -100, **group),
+    "covariance": lambda z, y, x, **group: sk.pairwise_ranking_loss(
+        z[:, :1], x, mask=y != -100, groups=y, method="covariance", **group
+    ),
+}
+
+
 def one_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -214,14 +229,10 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     out = {}
     for namespace in ("eager", "reference"):
         with sk.backend(namespace):
-            for name in ("evidential", "supervised"):
+            for name, function in LOSSES.items():
                 logits, target, image = (t[shard] for t in joined_batch())
                 leaf = logits.clone().requires_grad_()
-                group = torch.distributed.group.WORLD
-                if name == "evidential":
-                    loss = sk.evidential_loss(leaf, target, process_group=group)
-                else:
-                    loss = sk.supervised_evidential_loss(leaf, target, image, near=1.0, far=1.5, process_group=group)
+                loss = function(leaf, target, image, process_group=torch.distributed.group.WORLD)
                 loss.backward()
                 # What DistributedDataParallel's averaging makes of it.
                 out[namespace, name] = (loss.detach(), leaf.grad / 2)
@@ -241,11 +252,9 @@ def test_two_processes_are_one(tmp_path):
     for (namespace, name), (loss, _) in ranks[0].items():
         with sk.backend(namespace):
             leaf = logits.clone().requires_grad_()
-            if name == "evidential":
-                expected = sk.evidential_loss(leaf, target)
-            else:
-                expected = sk.supervised_evidential_loss(leaf, target, image, near=1.0, far=1.5)
+            expected = LOSSES[name](leaf, target, image)
             expected.backward()
+        assert float(expected.detach()) > 0
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
         gradient = torch.cat([r[namespace, name][1] for r in ranks])
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import FLOAT32_GRADIENT_LARGE, FLOAT64_GRADIENT
 
 import sure_kernels as sk
 from sure_kernels import schedules
@@ -38,6 +39,44 @@ def test_terms_are_their_definition(supervision, relation):
     torch.testing.assert_close(terms.gradient, torch.stack(expected).mean())
     torch.testing.assert_close(terms.far, u[d > 3].mean())
     assert float(terms.far) > 0
+
+
+@pytest.mark.parametrize("relation", ["decreasing", "increasing"])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_exact_form_is_the_ranking_of_all_pairs(relation, cached, dtype):
+    """Loss, terms and gradient against the parts put together by autograd."""
+    logits, target, image = setting()
+    target[0, 0, :4] = -100
+    mask = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)) < 0.9
+    g, d = sk.gradient_magnitude(image), sk.boundary_distance(target)
+    counted = (mask & (target != -100))[:, None]
+
+    def parts(z):
+        u = sk.reference.dirichlet_uncertainty(z, prior=0.5).vacuity
+        ranking = sk.reference.gradient_uncertainty_loss(u, g, d, mask=counted, relation=relation)
+        far = u[(d > 2.5) & counted].mean()
+        loss = sk.reference.evidential_loss(z, target, prior=0.5, mask=mask)
+        return loss + 7 * ranking + 3 * far, ranking, far
+
+    def whole(z):
+        options = {"supervision": "exact", "relation": relation, "prior": 0.5, "mask": mask, "near": 2.5, "far": 2.5}
+        source = {"gradient": g.to(dtype)} if cached else {}
+        loss, terms = sk.supervised_evidential_loss(
+            z, target, image.to(dtype), gradient_weight=7, far_weight=3, return_terms=True, **options, **source
+        )
+        return loss, terms.gradient, terms.far
+
+    results = []
+    for function, precision in ((parts, torch.float64), (whole, dtype)):
+        leaf = logits.to(precision, copy=True).requires_grad_()
+        values = function(leaf)
+        (gradient,) = torch.autograd.grad(values[0], leaf, torch.tensor(1.5, dtype=precision))
+        results.append([*(v.detach().double() for v in values), gradient.double()])
+    tolerance = FLOAT64_GRADIENT if dtype == torch.float64 else FLOAT32_GRADIENT_LARGE
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    assert float(results[0][1]) > 0
 
 
 def test_the_gradient_vanishes_once_the_relation_holds():
@@ -77,7 +116,7 @@ def test_descent_makes_the_relation_hold():
     assert correlation() < 0.05
 
 
-@pytest.mark.parametrize("supervision", ["covariance", "correlation"])
+@pytest.mark.parametrize("supervision", ["covariance", "correlation", "exact"])
 @pytest.mark.parametrize("namespace", [sk, sk.reference], ids=["eager", "reference"])
 def test_nothing_to_rank_is_zero(namespace, supervision):
     logits, target, image = setting()
@@ -165,13 +204,9 @@ def test_sure_loss_says_what_it_cannot_do():
         sk.SURELoss(num_epochs=30, good_model_step=30)
     with pytest.raises(NotImplementedError, match="noise_weight"):
         sk.SURELoss(noise_weight=1.0)
-    with pytest.raises(NotImplementedError, match="supervision"):
-        sk.SURELoss(supervision="exact")
     logits, target, image = setting()
     with pytest.raises(NotImplementedError, match="noisy"):
         sk.SURELoss()(logits, target, image=image, noisy=(logits, logits))
-    with pytest.raises(NotImplementedError, match="supervision='exact'"):
-        sk.supervised_evidential_loss(logits, target, image, supervision="exact")
     late = sk.SURELoss()
     late.set_epoch(40)
     with pytest.raises(TypeError, match="image: expected"):

@@ -2,6 +2,10 @@
 
 `labels` is what a backend reads beside the logits: the target itself, with `mask` and `band`, for the Triton kernels;
 for the closed form one packed code a voxel, which holds all three.
+
+The exact ranking has to see all boundary voxels before it knows the slope of any. It is found first, from a map of the
+uncertainty; then the slope stands where the gradient magnitude stands otherwise, about a mean of 0, so that the same
+backward sweep serves.
 """
 
 from __future__ import annotations
@@ -15,11 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.distributed import all_reduced, world_size
-from sure_kernels.kernel_lib.labels import pack_labels
+from sure_kernels.kernel_lib.labels import BOUNDARY, counted_voxels, pack_labels
 from sure_kernels.kernel_lib.launch import gradient_format
+from sure_kernels.ops.dirichlet.op import dirichlet_forward
 from sure_kernels.ops.evidential import closed_form as evidential
 from sure_kernels.ops.evidential.closed_form import Formula, Weights
 from sure_kernels.ops.gradient_magnitude import closed_form as gradient_magnitude
+from sure_kernels.ops.gradient_magnitude.op import gradient_magnitude_forward
+from sure_kernels.ops.ranking.op import pairwise_ranking
 from sure_kernels.ops.supervised import closed_form
 from sure_kernels.ops.supervised.closed_form import Supervision
 
@@ -152,8 +159,32 @@ def _(logits, *options):
     return torch.empty_like(logits, memory_format=layout)
 
 
+def _ranked(
+    logits: Tensor,
+    target: Tensor,
+    image: Tensor,
+    band: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
+    formula: Formula,
+    relation: str,
+    filter_: Filter,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The exact ranking of vacuity against gradient magnitude on the boundary: loss (N,), slope (N, 1, *spatial)."""
+    options = (filter_.operator, filter_.spacing, filter_.padding_mode, filter_.channel_reduction, 0.0, backend)
+    magnitude = image if filter_.cached else gradient_magnitude_forward(image, *options)
+    (u,) = dirichlet_forward(logits, formula.evidence, formula.prior, "vacuity", backend)
+    on = (band == BOUNDARY) & counted_voxels(target, ignore_index)
+    if mask is not None:
+        on = on & mask
+    rows = (u.flatten(1), magnitude.flatten(1), on.flatten(1), None)
+    loss, slope = pairwise_ranking(*rows, relation, "exact", None, False, backend)
+    return loss, slope.view(u.shape)
+
+
 class SupervisedEvidentialLossFunction(torch.autograd.Function):
-    """Keeps the logits, the image (the caller's own), the labels (see the module's docstring) and coefficients.
+    """Keeps the logits, the labels, the image (the caller's own; for the exact ranking its slope) and coefficients.
 
     Returns the loss and, without gradient, the terms (ACE, KL, Dice loss, C, F) as one tensor of shape (5,).
     """
@@ -174,6 +205,12 @@ class SupervisedEvidentialLossFunction(torch.autograd.Function):
         process_group: Any | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        exact = supervision.form == "exact"
+        if exact:
+            options = (formula, supervision.relation, filter_, backend)
+            ranking, image = _ranked(logits, target, image, band, mask, ignore_index, *options)
+            filter_, weight = filter_._replace(cached=True), supervision.gradient_weight
+            supervision = supervision._replace(form="covariance", gradient_weight=0.0)
         labels, bands = target, (band if backend == "triton" else None)
         if backend != "triton":
             labels, mask = pack_labels(target, mask, band, formula.k, ignore_index), None
@@ -190,6 +227,12 @@ class SupervisedEvidentialLossFunction(torch.autograd.Function):
             means = extra.means
             if backend == "triton":
                 coefficients, means = coefficients.float(), means.float()
+        if exact:
+            ranking = all_reduced(torch.stack((ranking.sum(), ranking.new_full((), len(ranking)))), process_group)
+            ranking, share = ranking[0] / ranking[1], weight * world_size(process_group) / ranking[1]
+            loss, means = loss + (weight * ranking).to(loss.dtype), torch.zeros_like(means)
+            terms = torch.cat((terms[:3], ranking.to(terms.dtype).view(1), terms[4:]))
+            coefficients[:, evidential.number_of_coefficients(formula.k, supervised=False)] = share
         ctx.save_for_backward(logits, labels, mask, bands, image, coefficients, means)
         ctx.options = ignore_index, (*filter_, *formula, backend)
         ctx.mark_non_differentiable(terms)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sure_kernels.kernel_lib.distributed import all_reduced, global_sum
 from sure_kernels.kernel_lib.labels import BOUNDARY, FAR
-from sure_kernels.ops.ranking.reference import covariance
+from sure_kernels.ops.ranking.reference import covariance, pairwise_ranking
 
 
 def covariance_supervision(
@@ -37,10 +37,14 @@ def supervision_terms(
     relation: str,
     process_group: object | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(C, F) of uncertainty u, gradient magnitude g and band, all (N, V), over `counted` voxels."""
-    per_image = covariance_supervision(u, g, (band == BOUNDARY) & counted, relation=relation, form=supervision)
-    images = all_reduced(torch.tensor(float(len(u)), dtype=u.dtype, device=u.device), process_group)
-    c = global_sum(per_image.sum(), process_group) / images
+    """(C or L_gu, F) of uncertainty u, gradient magnitude g and band, all (N, V), over `counted` voxels."""
+    on = (band == BOUNDARY) & counted
+    if supervision == "exact":
+        c = pairwise_ranking(u, g, on, None, relation=relation, method="exact", process_group=process_group)
+    else:
+        per_image = covariance_supervision(u, g, on, relation=relation, form=supervision)
+        images = all_reduced(torch.tensor(float(len(u)), dtype=u.dtype, device=u.device), process_group)
+        c = global_sum(per_image.sum(), process_group) / images
     far = (band == FAR) & counted
     total = global_sum(torch.where(far, u, 0.0).sum(), process_group)
     return c, total / all_reduced(far.sum().to(u.dtype), process_group).clamp_min(1)
