@@ -18,11 +18,12 @@ class Arguments:
 
     Attributes:
         types: type of every run-time argument ("*fp32", "*bf16", "*i64", "i32", "fp32", ...), by name. Pointers are
-            taken to be aligned to 16 bytes, as torch allocates; other numbers are taken to be odd.
+            taken to be aligned to 16 bytes, as torch allocates; other numbers are taken to be odd. An argument that is
+            a tuple has a tuple of types.
         constants: value of every tl.constexpr argument, and of integers equal to 1 (the compiler folds those).
     """
 
-    types: dict[str, str]
+    types: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     num_warps: int = 4
 

@@ -57,7 +57,10 @@ def compile_offline(kernel: Any, arguments: Arguments, target: str) -> Outcome:
         name: "constexpr" if name in arguments.constants else arguments.types[name] for name in kernel.arg_names
     }
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
+        path: [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        for path, kind in _leaves((i,), signature[name])
+        if kind.startswith("*")
     }
     try:
         source = ASTSource(kernel, signature, dict(arguments.constants), aligned)
@@ -68,6 +71,11 @@ def compile_offline(kernel: Any, arguments: Arguments, target: str) -> Outcome:
     usage = _amd_usage(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else _nvidia_usage(binary.asm["cubin"])
     # Some versions report shared memory in the binary, all of them in the metadata.
     return Outcome(usage[0], int(binary.metadata.shared), usage[1], "", narrow)
+
+
+def _leaves(path: tuple[int, ...], kind: str | tuple[str, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """(path, type) of an argument, or of each entry of a tuple."""
+    return [(path, kind)] if isinstance(kind, str) else [((*path, i), k) for i, k in enumerate(kind)]
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:

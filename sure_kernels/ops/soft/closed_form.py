@@ -1,0 +1,72 @@
+"""The differentiable parts of PriUS's soft losses and their gradients: means over windows, and sums over pairs.
+
+The sum over a window is its own adjoint, axis by axis; so the gradient of the mean is the window sum of the upstream
+gradient over the numbers it was divided by. A pair contributes relu(a (u_i - b u_j)), a = sum of factor * slope:
+
+    dL/du_i += a [a (u_i - b u_j) > 0] / sum of weights,   dL/du_j -= b times the same
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_sum(x: Tensor, size: int) -> Tensor:
+    """Sum over a window of width `size` around each voxel of (N, 1, *spatial), 0 outside the image."""
+    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
+    for axis in range(x.ndim - 2):
+        kernel = [size if a == axis else 1 for a in range(x.ndim - 2)]
+        x = pool(x, kernel, stride=1, padding=[k // 2 for k in kernel], divisor_override=1)
+    return x
+
+
+def _divisor(x: Tensor, size: int, counted: Tensor | None, official: bool) -> Tensor | float:
+    if official:
+        return float(size ** (x.ndim - 2))
+    ones = torch.ones_like(x[:1]) if counted is None else counted.to(x.dtype)
+    return window_sum(ones, size).clamp_min(1)
+
+
+def window_mean(x: Tensor, size: int, counted: Tensor | None, official: bool) -> Tensor:
+    """As the reference's."""
+    inside = x if counted is None else torch.where(counted, x, 0.0)
+    return window_sum(inside, size) / _divisor(x, size, counted, official)
+
+
+def window_mean_adjoint(grad: Tensor, size: int, counted: Tensor | None, official: bool) -> Tensor:
+    """dL/dx from dL/d(window_mean(x))."""
+    dx = window_sum(grad / _divisor(grad, size, counted, official), size)
+    return dx if counted is None else torch.where(counted, dx, 0.0)
+
+
+def _slope(slopes: Tensor, factors: Sequence[float]) -> Tensor:
+    """a of each pair."""
+    total = slopes[0] * factors[0]
+    for slope, factor in zip(slopes[1:], factors[1:], strict=True):
+        total = total + slope * factor
+    return total
+
+
+def pair_sums(u: Tensor, pairs: Tensor, slopes: Tensor, ratio: Tensor, factors: Sequence[float]) -> Tensor:
+    """(S,) float64: sum over active pairs of each slope times u_i - b u_j; `u` is flat."""
+    i, j = pairs.unbind(1)
+    step = u[i] - ratio * u[j]
+    step = torch.where(_slope(slopes, factors) * step > 0, step, 0.0)
+    return torch.stack([(slope * step).sum().double() for slope in slopes])
+
+
+def pair_gradient(
+    u: Tensor, pairs: Tensor, slopes: Tensor, ratio: Tensor, factors: Sequence[float], scale: Tensor
+) -> Tensor:
+    """dL/du, flat; `scale` is the upstream gradient over the sum of weights."""
+    i, j = pairs.unbind(1)
+    a = _slope(slopes, factors)
+    a = torch.where(a * (u[i] - ratio * u[j]) > 0, a, 0.0) * scale.to(u.dtype)
+    du = torch.zeros_like(u)
+    # Sorted, not atomic, on a GPU: the same bits also where pairs share a voxel.
+    du.index_put_((i,), a, accumulate=True)
+    return du.index_put_((j,), -ratio * a, accumulate=True)
