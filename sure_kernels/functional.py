@@ -8,8 +8,11 @@ float32 (float64 for float64), gradients return in the dtype that came.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import namedtuple
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,9 @@ from torch import Tensor
 
 from sure_kernels import validation as check
 from sure_kernels.backends import get_backend
+from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR, counted_voxels
+from sure_kernels.kernel_lib.random import normal, uniform
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 from sure_kernels.metrics import points
@@ -31,8 +36,15 @@ from sure_kernels.ops.evidential.closed_form import Formula, Weights
 from sure_kernels.ops.evidential.op import EvidentialLossFunction
 from sure_kernels.ops.gradient_magnitude import reference as gradient_reference
 from sure_kernels.ops.gradient_magnitude.op import GradientMagnitudeFunction
+from sure_kernels.ops.noise import reference as noise_reference
+from sure_kernels.ops.noise.op import NoiseUncertaintyFunction
+from sure_kernels.ops.noise_patches import op as patches_op
+from sure_kernels.ops.noise_patches import reference as patches_reference
 from sure_kernels.ops.ranking import reference as ranking_reference
 from sure_kernels.ops.ranking.op import Method, PairwiseRankingFunction
+from sure_kernels.ops.soft import op as soft_op
+from sure_kernels.ops.soft import reference as soft_reference
+from sure_kernels.ops.soft.reference import SoftThresholds
 from sure_kernels.ops.supervised import reference as supervised_reference
 from sure_kernels.ops.supervised.closed_form import Supervision
 from sure_kernels.ops.supervised.op import Filter, SupervisedEvidentialLossFunction
@@ -60,6 +72,28 @@ class SupervisedTerms(NamedTuple):
     dice: Tensor
     gradient: Tensor
     far: Tensor
+
+
+class NoiseTerms(NamedTuple):
+    """Unweighted, detached terms of `noise_uncertainty_loss`: 0-d tensors."""
+
+    mu: Tensor
+    d: Tensor
+    far: Tensor
+
+
+class NoisePatches(NamedTuple):
+    """What `sample_noise_patches` returns.
+
+    Attributes:
+        images: two images, each with noise of its own in the same patches.
+        means: of the two noises, (2,) float32.
+        centres: of the patches, (N, P, ndim) int64 in array-axis order, -1 where there is none.
+    """
+
+    images: tuple[Tensor, Tensor]
+    means: Tensor
+    centres: Tensor
 
 
 def gradient_magnitude(
@@ -711,8 +745,7 @@ def _check_method(
         raise ValueError(f"num_pairs: expected at least 1, got {num_pairs}")
     if checked.official and checked.name == "covariance":
         raise ValueError("compat: expected None for method='covariance', which was not published, got 'official'")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    _check_generator(generator)
     return checked
 
 
@@ -757,6 +790,8 @@ def gradient_uncertainty_loss(
     method: str = "exact",
     num_pairs: int | None = None,
     generator: torch.Generator | None = None,
+    soft: SoftThresholds | None = None,
+    pairs: Tensor | None = None,
     process_group: Any | None = None,
     compat: str | None = None,
 ) -> Tensor:
@@ -771,6 +806,12 @@ def gradient_uncertainty_loss(
         distance: `boundary_distance`, (N, 1, *spatial) or (N, *spatial).
         max_distance: voxels at most so far from a boundary are on it.
         groups: the label, to compare voxels only within a class (PriUS).
+        soft: PriUS's sigmoid form (arXiv 2605.10984): means of u and maxima of g over `normal_kernel` voxels, compared in
+            random pairs, each weighted by how surely both voxels are on the boundary, over the sum of the weights.
+            `max_distance` and `method` then do not apply. The form over all pairs in O(n log n) is the one without it.
+        pairs: of `soft`: (P, 2) integers, positions in the map flattened with its batch. By default each voxel is drawn
+            once, or `num_pairs` pairs of each image, those on the boundary first; with compat="official" across images,
+            and the windows count the zeros around an image.
 
     Returns:
         0-d float32, float64 for a float64 uncertainty.
@@ -780,6 +821,15 @@ def gradient_uncertainty_loss(
     """
     u = _uncertainty_map(uncertainty, "uncertainty")
     g = _like_uncertainty(gradient, "gradient", u)
+    if soft is not None:
+        check.check_choice(relation, "relation", RELATIONS)
+        inputs = _soft_inputs(u, "uncertainty", distance, soft, groups, mask, compat, "gradient_uncertainty_loss")
+        chosen = _soft_pairs(pairs, inputs, num_pairs, generator, soft_reference.on_boundary(inputs.distance, soft))
+        return inputs.module.soft_gradient_loss(
+            inputs.u, g.view_as(u), inputs.distance, chosen, soft,
+            relation=relation, process_group=process_group, **inputs.options,
+        )  # fmt: skip
+    _refuse_pairs(pairs)
     near = _like_uncertainty(distance, "distance", u) <= check.check_number(max_distance, "max_distance")
     if mask is not None:
         near = near & points.match_boolean(mask, "mask", u, "uncertainty")
@@ -802,3 +852,472 @@ def _like_uncertainty(value: object, name: str, uncertainty: Tensor) -> Tensor:
     if not rows.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point map, got {rows.dtype}")
     return rows
+
+
+class _SoftInputs(NamedTuple):
+    """Checked arguments of the soft losses: maps (N, 1, *spatial), what counts, and which module computes."""
+
+    u: Tensor
+    distance: Tensor
+    options: dict[str, Any]
+    module: ModuleType
+
+
+def _soft_inputs(
+    u: Tensor,
+    name: str,
+    distance: Tensor,
+    soft: SoftThresholds,
+    groups: Tensor | None,
+    mask: Tensor | None,
+    compat: str | None,
+    op: str,
+) -> _SoftInputs:
+    _check_soft(soft)
+    work = u.to(working_dtype(u.dtype))
+    d = _like_uncertainty(distance, "distance", u).to(work.dtype).view_as(u)
+    options = {
+        "groups": None if groups is None else points.match_groups(groups, u, name).view_as(u),
+        "counted": None if mask is None else points.match_boolean(mask, "mask", u, name).view_as(u),
+        "official": check.check_compat(compat),
+    }
+    reference = get_backend(u, f"{op} with soft thresholds") == "reference"
+    return _SoftInputs(work, d, options, soft_reference if reference else soft_op)
+
+
+def _check_soft(soft: SoftThresholds) -> None:
+    if not isinstance(soft, SoftThresholds):
+        raise TypeError(f"soft: expected SoftThresholds, got {type(soft).__name__}")
+    for name, value in zip(soft._fields, soft, strict=True):
+        if name.endswith("kernel"):
+            if _positive_int(value, f"soft.{name}") % 2 == 0:
+                raise ValueError(f"soft.{name}: expected an odd number, got {value}")
+        else:
+            check.check_number(value, f"soft.{name}", exclusive=name == "alpha")
+
+
+def _refuse_pairs(pairs: Tensor | None) -> None:
+    if pairs is not None:
+        raise ValueError("pairs: expected None without soft thresholds, whose pairs they are")
+
+
+def _soft_pairs(
+    pairs: Tensor | None,
+    inputs: _SoftInputs,
+    num_pairs: int | None,
+    generator: torch.Generator | None,
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """The pairs (P, 2) that were handed in, checked, or else drawn; voxels that are `wanted` are paired first."""
+    u, counted = inputs.u, inputs.options["counted"]
+    if pairs is None:
+        if num_pairs is not None and check.check_int(num_pairs, "num_pairs") < 1:
+            raise ValueError(f"num_pairs: expected at least 1, got {num_pairs}")
+        _check_generator(generator)
+        if counted is not None:
+            wanted = counted if wanted is None else wanted & counted
+        return soft_op.draw_pairs(u, wanted, num_pairs, generator, across=inputs.options["official"])
+    given = check.plain_tensor(pairs, "pairs")
+    check.check_same_device(given, "pairs", u, "the map they belong to")
+    if given.dtype not in check.INT_DTYPES:
+        raise TypeError(f"pairs: expected integers, got {given.dtype}")
+    if given.ndim != 2 or given.shape[1] != 2:
+        raise ValueError(f"pairs: expected shape (P, 2), got {check.shape_of(given)}")
+    given = check.torch_integer(given).long()
+    if check.values_checked(given) and given.numel() and not 0 <= int(given.min()) <= int(given.max()) < u.numel():
+        found = f"{int(given.min())} to {int(given.max())}"
+        raise ValueError(f"pairs: expected positions in [0, {u.numel() - 1}], got {found}")
+    return given
+
+
+def noise_uncertainty_loss(
+    clean: Tensor,
+    noisy: Sequence[Tensor] | Tensor,
+    levels: Sequence[float | Tensor] | Tensor,
+    distance: Tensor,
+    *,
+    points: Tensor | None = None,
+    near: float = 4.0,
+    weights: Sequence[float] = (1.0, 1.0, 1.0),
+    soft: SoftThresholds | None = None,
+    groups: Tensor | None = None,
+    mask: Tensor | None = None,
+    pairs: Tensor | None = None,
+    num_pairs: int | None = None,
+    generator: torch.Generator | None = None,
+    process_group: Any | None = None,
+    compat: str | None = None,
+    return_terms: bool = False,
+) -> Any:
+    """L_nu: near a boundary, more noise means more uncertainty; far from every boundary there is none (Li et al.,
+    MICCAI 2025).
+
+    weights[0] L_mu + weights[1] L_d + weights[2] L_far, of the uncertainty u_0 of a clean image and u_1, ..., u_L of the
+    same image under noise of levels m_1, ..., m_L (m_0 = 0):
+
+        L_mu  = sum of V(-(u_l - u_k)(m_l - m_k)), V(x) = sum relu(x) / #{x > 0}, over pairs (l, k) of every map with
+                the clean one and with its predecessor; all images pooled
+        L_d   = sum over l of R(u_l - u_0, d): the rise falls with the distance d, `pairwise_ranking_loss` over all pairs
+        L_far = mean of u_0 + ... + u_L over voxels with d > near; 0 where there is none (the published 0 / 0 is NaN)
+
+    L_mu and L_d are over voxels with d <= near, or over those of the `points` that are. The clean map is detached in
+    both, not in L_far, as the published training does it.
+
+    Args:
+        clean: u_0, (N, 1, *spatial), floating point. Differentiable.
+        noisy: u_1, ..., u_L, one or more maps of the same shape and dtype (a sequence, or stacked along a first axis).
+            Differentiable.
+        levels: m_1, ..., m_L: finite numbers, or tensors () or (N,); (L,) and (L, N) tensors are read likewise.
+        distance: `boundary_distance`, (N, 1, *spatial) or (N, *spatial); read in the precision of the arithmetic.
+        points: (N, P, ndim) integer coordinates in array-axis order, as `sample_noise_patches` returns; -1 is none.
+        near: voxels at most so far from a boundary are near it, all others far.
+        weights: of L_mu, L_d and L_far, each >= 0. L_d is not computed where its weight is 0 and no term is asked for.
+        soft: PriUS's sigmoid form (arXiv 2605.10984) in place of `near`: L_mu over means in windows of `patch_kernel`
+            voxels, each map with its (detached) predecessor, voxels weighted; L_d and L_far in one hinge over random
+            pairs of voxels of one group, the mean over all maps. Its two terms are the shares of the slopes; they
+            depend on weights[1] and weights[2] also through the hinge. Needs no Triton kernel and has none. All pairs
+            can be handed in for small maps: the hinge couples u, d and the weights, so that no sum over all of them in
+            O(n log n) is known, while the form without `soft` has one.
+        groups: integers (N, 1, *spatial) or (N, *spatial), the label: L_d compares voxels within a group alone.
+        mask: voxels that count.
+        pairs, num_pairs, generator: of `soft`, as in `gradient_uncertainty_loss`.
+        process_group: sums run over its ranks; gradients follow DistributedDataParallel's averaging.
+        compat: "official" reproduces the published functions: gradients reach the clean map through every term, and
+            L_d keeps points that are farther than `near` or masked as differences of 0, which pair with the others.
+            With `soft`: windows count the zeros around an image, pairs cross images.
+        return_terms: also return NoiseTerms(mu, d, far), unweighted and detached.
+
+    Returns:
+        0-d float32 (float64 for float64 maps).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    maps = _noise_maps(clean, noisy)
+    m = _noise_levels(levels, maps)
+    w = check.number_tuple(weights, "weights", 3, "term")
+    for value in w:
+        check.check_number(value, "weights")
+    wanted = return_terms or w[1] > 0
+    if soft is None:
+        _refuse_pairs(pairs)
+        loss, terms = _hard_noise(maps, m, distance, points, near, w, groups, mask, process_group, compat, wanted)
+    elif points is not None:
+        raise ValueError("points: expected None with soft thresholds, which weight all voxels")
+    else:
+        inputs = _soft_inputs(maps[0], "clean", distance, soft, groups, mask, compat, "noise_uncertainty_loss")
+        wanted = wanted or w[2] > 0
+        chosen = _soft_pairs(pairs, inputs, num_pairs, generator) if wanted else None
+        loss, terms = _soft_noise(maps, m, inputs, chosen, soft, w, process_group)
+    return (loss, terms) if return_terms else loss
+
+
+def _noise_maps(clean: Tensor, noisy: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """u_0, u_1, ..., all (N, 1, *spatial)."""
+    maps = [_uncertainty_map(clean, "clean")]
+    if not isinstance(noisy, (Tensor, list, tuple)):
+        raise TypeError(f"noisy: expected a sequence of maps, got {type(noisy).__name__}")
+    if len(noisy) == 0:
+        raise ValueError("noisy: expected one or more maps, got none")
+    for i, given in enumerate(noisy):
+        u = _uncertainty_map(given, f"noisy[{i}]")
+        check.check_same_device(u, f"noisy[{i}]", maps[0], "clean")
+        if u.shape != maps[0].shape:
+            expected = check.shape_of(maps[0])
+            raise ValueError(f"noisy[{i}]: expected shape {expected} like clean, got {check.shape_of(u)}")
+        if u.dtype != maps[0].dtype:
+            raise TypeError(f"noisy[{i}]: expected {maps[0].dtype} like clean, got {u.dtype}")
+        maps.append(u)
+    return maps
+
+
+def _noise_levels(levels: Sequence[float | Tensor] | Tensor, maps: list[Tensor]) -> Tensor:
+    """(L + 1, N) in the working dtype, the clean map's zeros first."""
+    if not isinstance(levels, (Tensor, list, tuple)) or (isinstance(levels, Tensor) and levels.ndim == 0):
+        raise TypeError(f"levels: expected a sequence of numbers, one per noisy map, got {type(levels).__name__}")
+    if len(levels) != len(maps) - 1:
+        raise ValueError(f"levels: expected {len(maps) - 1} numbers, one per noisy map, got {len(levels)}")
+    n, dtype, device = len(maps[0]), working_dtype(maps[0].dtype), maps[0].device
+    rows = [torch.zeros(n, dtype=dtype, device=device)]
+    for i, level in enumerate(levels):
+        if not isinstance(level, Tensor):
+            number = check.check_number(level, f"levels[{i}]", minimum=-math.inf)
+            rows.append(torch.full((n,), number, dtype=dtype, device=device))
+            continue
+        check.check_same_device(level, f"levels[{i}]", maps[0], "clean")
+        if level.shape not in ((), (n,)):
+            raise ValueError(f"levels[{i}]: expected a number or shape {(n,)}, got {check.shape_of(level)}")
+        if check.values_checked(level) and not bool(torch.isfinite(level).all()):
+            raise ValueError(f"levels[{i}]: expected finite numbers, got {level.tolist()}")
+        rows.append(level.detach().to(dtype).expand(n))
+    return torch.stack(rows)
+
+
+def _point_index(given: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, P): positions of the points in the flattened map, and whether there is one."""
+    tensor = check.plain_tensor(given, "points")
+    check.check_same_device(tensor, "points", like, "clean")
+    n, _, *spatial = like.shape
+    if tensor.dtype not in check.INT_DTYPES:
+        raise TypeError(f"points: expected integer coordinates, got {tensor.dtype}")
+    if tensor.ndim != 3 or tensor.shape[0] != n or tensor.shape[2] != len(spatial) or tensor.shape[1] == 0:
+        raise ValueError(f"points: expected shape {(n, 'P', len(spatial))}, got {check.shape_of(tensor)}")
+    coordinates = check.torch_integer(tensor).long()
+    index = torch.zeros_like(coordinates[..., 0])
+    listed = torch.ones_like(index, dtype=torch.bool)
+    for axis, size in enumerate(spatial):
+        c = coordinates[..., axis]
+        # One outside the image is an error below; where that is not looked at, it is none, and reads within bounds.
+        listed = listed & (c >= 0) & (c < size)
+        index = index * size + c.clamp(0, size - 1)
+        if check.values_checked(c) and not -1 <= int(c.min()) <= int(c.max()) < size:
+            found = f"{int(c.min())} to {int(c.max())}"
+            raise ValueError(f"points: expected coordinates in [0, {size - 1}] along axis {axis}, or -1, got {found}")
+    return index, listed
+
+
+def _hard_noise(
+    maps: list[Tensor],
+    levels: Tensor,
+    distance: Tensor,
+    at: Tensor | None,
+    near: float,
+    weights: tuple[float, ...],
+    groups: Tensor | None,
+    mask: Tensor | None,
+    process_group: Any | None,
+    compat: str | None,
+    ranked: bool,
+) -> tuple[Tensor, NoiseTerms]:
+    """`noise_uncertainty_loss` by thresholds; L_d is computed where it is `ranked`."""
+    near = check.check_number(near, "near")
+    official = check.check_compat(compat)
+    u = [x.flatten(1) for x in maps]
+    d = _like_uncertainty(distance, "distance", maps[0]).to(levels.dtype)
+    group = None if groups is None else points.match_groups(groups, maps[0], "clean")
+    counted = None if mask is None else points.match_boolean(mask, "mask", maps[0], "clean")
+    index, listed, where, chosen = None, None, d, counted
+    if at is not None:
+        index, listed = _point_index(at, maps[0])
+        where = d.gather(1, index)
+        chosen = listed if counted is None else listed & counted.gather(1, index)
+        group = None if group is None else group.gather(1, index)
+    backend = get_backend(maps[0], "noise_uncertainty_loss")
+    if backend == "reference":
+        everywhere = torch.ones_like(d, dtype=torch.bool) if counted is None else counted
+        values = u if index is None else [x.gather(1, index) for x in u]
+        on = everywhere if chosen is None else chosen
+        mu = noise_reference.rising_term(
+            values, levels, where, on, near=near, official=official, process_group=process_group
+        )
+        far = noise_reference.far_term(u, d, everywhere, near=near, process_group=process_group)
+        loss = weights[0] * mu + weights[2] * far
+    else:
+        loss, stacked, at_points = NoiseUncertaintyFunction.apply(
+            levels, d, counted, index, chosen, near, (weights[0], weights[2]), official, process_group, backend, *u
+        )
+        mu, far = stacked.unbind()
+        values = u if index is None else list(at_points.unbind())
+    _explain_maps(loss, maps, counted)
+    rank = torch.zeros_like(mu)
+    if ranked:
+        with contextlib.nullcontext() if weights[1] > 0 else torch.no_grad():
+            rank = _rise_by_distance(values, where, chosen, listed, group, near, official, process_group)
+        loss = loss + weights[1] * rank
+    return loss, NoiseTerms(mu.detach(), rank.detach(), far.detach())
+
+
+def _explain_maps(loss: Tensor, maps: list[Tensor], counted: Tensor | None) -> None:
+    """Name the map and voxel when the loss is not finite because a map was not."""
+    if check.values_checked(loss) and not bool(torch.isfinite(loss)):
+        for i, u in enumerate(maps):
+            valid = torch.ones_like(u[:, 0], dtype=torch.bool) if counted is None else counted.view_as(u[:, 0])
+            check.explain_non_finite(u, valid, f"noisy[{i - 1}]" if i else "clean")
+
+
+def _rise_by_distance(
+    values: list[Tensor],
+    d: Tensor,
+    chosen: Tensor | None,
+    listed: Tensor | None,
+    groups: Tensor | None,
+    near: float,
+    official: bool,
+    process_group: Any | None,
+) -> Tensor:
+    """L_d of values (N, n): those `chosen` that are near, or `official`ly all that are `listed`, the others as 0."""
+    on = d <= near if chosen is None else chosen & (d <= near)
+    clean = values[0]
+    mask = on
+    if official:
+        mask = torch.isfinite(d) if listed is None else listed & torch.isfinite(d)
+    else:
+        clean = clean.detach()
+    total = []
+    for u in values[1:]:
+        rise = torch.where(on, u - clean, 0.0) if official else u - clean
+        total.append(_ranking(rise, d, mask, groups, Method("decreasing", "exact", None, False), None, process_group))
+    return torch.stack(total).sum()
+
+
+def _soft_noise(
+    maps: list[Tensor],
+    levels: Tensor,
+    inputs: _SoftInputs,
+    pairs: Tensor | None,
+    soft: SoftThresholds,
+    weights: tuple[float, ...],
+    process_group: Any | None,
+) -> tuple[Tensor, NoiseTerms]:
+    """`noise_uncertainty_loss` by sigmoids; without `pairs` of L_mu alone."""
+    counted, official = inputs.options["counted"], inputs.options["official"]
+    u = [x.to(levels.dtype) for x in maps]
+    mu = inputs.module.soft_noise_loss(
+        u, levels, inputs.distance, soft, counted=counted, official=official, process_group=process_group
+    )
+    loss, shares = weights[0] * mu, torch.zeros(2, dtype=mu.dtype, device=mu.device)
+    if pairs is not None:
+        terms = soft_reference.distance_pairs(inputs.distance, pairs, soft, **inputs.options)
+        for x in u:
+            x = x if counted is None else torch.where(counted, x, 0.0)
+            hinge, share = inputs.module.pair_loss(x, pairs, terms, weights[1:], process_group)
+            loss, shares = loss + hinge / len(u), shares + share / len(u)
+    _explain_maps(loss, maps, counted)
+    return loss, NoiseTerms(mu.detach(), *shares.unbind())
+
+
+def hard_sample_mask(clean: Tensor, noised: Tensor) -> Tensor:
+    """Voxels at which a network is wrong about noise: their uncertainty did not rise (Li et al., MICCAI 2025).
+
+    Args:
+        clean: uncertainty of an image, (N, 1, *spatial), floating point.
+        noised: its uncertainty under `add_gaussian_noise`, the same shape.
+
+    Returns:
+        Boolean (N, 1, *spatial): noised <= clean. Not differentiable; False where either is NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    maps = _noise_maps(clean, [noised])
+    return patches_reference.hard_sample_mask(*maps)
+
+
+def add_gaussian_noise(
+    image: Tensor, *, mean: float = 0.5, std: float = 0.3, generator: torch.Generator | None = None
+) -> Tensor:
+    """`image` (N, M, *spatial) plus noise of its own in every voxel and channel, as a new tensor of the same dtype.
+
+    The defaults are those of SURE's hard-sample detection, for images of mean 0 and standard deviation 1. A generator on
+    another device gives the same noise there as here, at the price of a copy.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    x = check.check_float_map(image, "image")
+    mean = check.check_number(mean, "mean", minimum=-math.inf)
+    std = check.check_number(std, "std")
+    _check_generator(generator)
+    return x + (mean + std * normal(x.shape, x.device, generator)).to(x.dtype)
+
+
+def _check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+
+
+def sample_noise_patches(
+    image: Tensor,
+    target: Tensor,
+    distance: Tensor,
+    hard: Tensor,
+    *,
+    patch_size: int = 3,
+    patches_per_class: int = 3,
+    mean_range: Sequence[float] = (0.0, 1.0),
+    std: float = 0.3,
+    near: float = 4.0,
+    num_classes: int | None = None,
+    ignore_index: int = -100,
+    generator: torch.Generator | None = None,
+) -> NoisePatches:
+    """Noise of two means in small patches around hard voxels, for `noise_uncertainty_loss` (Li et al., MICCAI 2025).
+
+    In each image and for each class `patches_per_class` centres are drawn among the hard voxels of the class, the
+    background's (class 0) only up to distance `near`; patches lie in the image and do not overlap. What a class lacks is
+    then filled with patches anywhere. Where even that finds no room, the centre is -1: never an error, never a longer
+    search. Each patch, voxel and channel has noise of its own, and so have the two images.
+
+    Args:
+        image: (N, M, *spatial), floating point. Left as it is.
+        target: index map (N, *spatial) or (N, 1, *spatial), or one-hot (N, K, *spatial) where `num_classes` is K.
+        distance: `boundary_distance`, (N, 1, *spatial) or (N, *spatial).
+        hard: `hard_sample_mask`, boolean or 0/1, (N, 1, *spatial) or (N, *spatial).
+        patch_size: width of a patch, odd, at most the image's.
+        mean_range: m1 and m2 are uniform in it, the same for all images.
+        std: standard deviation of the noise.
+        near: largest distance of a background centre.
+        num_classes: K. Without it, it is the largest label plus one, for which the host waits for the device.
+        ignore_index: label of voxels that belong to no class.
+        generator: source of all that is random; the same one gives the same result. It may be on another device.
+
+    Returns:
+        NoisePatches(images, means, centres): two images, (2,), and (N, K * patches_per_class, ndim) in order of class.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; also when the image requires a
+            gradient, which it cannot get.
+    """
+    x = check.check_float_map(image, "image")
+    _refuse_gradient(x, "image")
+    n, m, *spatial = x.shape
+    size, number = _positive_int(patch_size, "patch_size"), _positive_int(patches_per_class, "patches_per_class")
+    if size % 2 == 0 or size > min(spatial):
+        raise ValueError(f"patch_size: expected an odd number of at most {min(spatial)}, got {size}")
+    low, high = check.number_tuple(mean_range, "mean_range", 2, "end")
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"mean_range: expected two finite numbers in order, got {(low, high)}")
+    std = check.check_number(std, "std")
+    near = check.check_number(near, "near")
+    ignore_index = check.check_int(ignore_index, "ignore_index")
+    _check_generator(generator)
+    labels, k = _classes_of(target, x, num_classes, ignore_index)
+    d = check.check_voxel_map(distance, "distance", n, spatial, x)
+    candidates = check.check_mask(hard, n, spatial, x)
+    if candidates is None:
+        raise TypeError("hard: expected a torch.Tensor, got None")
+    candidates = candidates & ((labels != 0) | (d <= near)) & counted_voxels(labels, ignore_index)
+
+    means = low + (high - low) * uniform((2,), x.device, generator)
+    priority = uniform((n, *spatial), x.device, generator)
+    ops = patches_reference if get_backend(x, "sample_noise_patches") == "reference" else patches_op
+    centres = ops.patch_centres(priority, labels, candidates, k, number, size)
+    shape = (n, m, centres.shape[1], size ** len(spatial))
+    first, second = (
+        ops.add_patches(x, centres, mean + std * normal(shape, x.device, generator), size) for mean in means
+    )
+    return NoisePatches((first, second), means, centres)
+
+
+def _positive_int(value: object, name: str) -> int:
+    number = check.check_int(value, name)
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    return number
+
+
+def _classes_of(target: Tensor, image: Tensor, num_classes: int | None, ignore_index: int) -> tuple[Tensor, int]:
+    """Labels (N, *spatial) and the number of classes."""
+    n, _, *spatial = image.shape
+    if num_classes is not None:
+        k = _positive_int(num_classes, "num_classes")
+        like = image[:, :1].detach().expand(n, k, *spatial)
+        return check.check_target(target, like, ignore_index, owner="image"), k
+    labels = check.check_voxel_map(target, "target", n, spatial, image)
+    if labels.dtype not in check.INT_DTYPES:
+        raise TypeError(f"target: expected integer labels of shape {(n, *spatial)}, got {labels.dtype}")
+    labels = check.torch_integer(labels)
+    present = torch.where(counted_voxels(labels, ignore_index), labels, 0)
+    if check.values_checked(labels) and int(present.min()) < 0:
+        raise ValueError(f"target: expected labels from 0 or ignore_index={ignore_index}, got {int(present.min())}")
+    return labels, int(present.max()) + 1

@@ -262,12 +262,12 @@ def check_int(value: object, name: str) -> int:
     return number
 
 
-def explain_non_finite(logits: Tensor, valid: Tensor) -> None:
-    """For use after a non-finite result: ValueError naming NaN or infinite logits in counted voxels, if any."""
-    bad = ~torch.isfinite(logits).all(1) & valid
+def explain_non_finite(tensor: Tensor, valid: Tensor, name: str = "logits") -> None:
+    """For use after a non-finite result: ValueError naming NaN or infinity in counted voxels of (N, C, *spatial)."""
+    bad = ~torch.isfinite(tensor).all(1) & valid
     if bool(bad.any()):
         where = torch.nonzero(bad)[0].tolist()
         raise ValueError(
-            f"logits: expected finite values in counted voxels, got NaN or infinity in {int(bad.sum())} of them, "
+            f"{name}: expected finite values in counted voxels, got NaN or infinity in {int(bad.sum())} of them, "
             f"first at (n, *spatial) = {tuple(where)}"
         )

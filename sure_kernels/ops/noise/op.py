@@ -106,7 +106,7 @@ class NoiseUncertaintyFunction(torch.autograd.Function):
         ctx.save_for_backward(levels, distance, mask, index, listed, coefficients, values, *maps)
         ctx.options = near, official, backend
         terms = result.terms.to(dtype)
-        ctx.mark_non_differentiable(terms)
+        ctx.mark_non_differentiable(terms, *((values,) if index is None else ()))
         return result.loss.to(dtype), terms, values
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""Autograd Functions of the soft losses, and the pairs they are taken over."""
+"""Autograd Functions of the soft losses, the losses made of them, and the pairs they are taken over.
+
+Losses have the names and arguments of the reference's.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sure_kernels.kernel_lib.distributed import all_reduced, world_size
+from sure_kernels.kernel_lib.distributed import all_reduced, global_sum, world_size
 from sure_kernels.kernel_lib.random import uniform
 from sure_kernels.ops.soft import closed_form, reference
-from sure_kernels.ops.soft.reference import NEGLIGIBLE, PairTerms, SoftThresholds
+from sure_kernels.ops.soft.reference import PairTerms, SoftThresholds
 
 
 class WindowMeanFunction(torch.autograd.Function):
@@ -65,3 +68,79 @@ class PairLossFunction(torch.autograd.Function):
         u, pairs, slopes, ratio, scale = ctx.saved_tensors
         du = closed_form.pair_gradient(u.flatten(), pairs, slopes, ratio, ctx.factors, grad * scale)
         return du.view_as(u), *(None,) * 6
+
+
+def pair_loss(
+    u: Tensor, pairs: Tensor, terms: PairTerms, factors: Sequence[float], process_group: Any | None = None
+) -> tuple[Tensor, Tensor]:
+    return PairLossFunction.apply(u, pairs, *terms, tuple(factors), process_group)
+
+
+def soft_gradient_loss(
+    u: Tensor,
+    g: Tensor,
+    distance: Tensor,
+    pairs: Tensor,
+    thresholds: SoftThresholds,
+    *,
+    groups: Tensor | None,
+    counted: Tensor | None,
+    relation: str,
+    official: bool,
+    process_group: Any | None,
+) -> Tensor:
+    size = thresholds.normal_kernel
+    terms = reference.gradient_pairs(
+        reference.window_max(g.to(u.dtype), size, counted),
+        distance,
+        pairs,
+        thresholds,
+        groups=groups,
+        counted=counted,
+        relation=relation,
+        official=official,
+    )
+    return pair_loss(WindowMeanFunction.apply(u, size, counted, official), pairs, terms, (1.0,), process_group)[0]
+
+
+def soft_noise_loss(
+    maps: Sequence[Tensor],
+    levels: Tensor,
+    distance: Tensor,
+    thresholds: SoftThresholds,
+    *,
+    counted: Tensor | None,
+    official: bool,
+    process_group: Any | None,
+) -> Tensor:
+    w = reference.noise_weight(distance, thresholds, counted, official=official)
+    number = all_reduced(w.sum(dtype=torch.float64), process_group)
+    total = torch.zeros_like(number)
+    for n in range(1, len(maps)):
+        # Windows are linear: the mean of the difference is the difference of the means.
+        rise = WindowMeanFunction.apply(maps[n] - maps[n - 1].detach(), thresholds.patch_kernel, counted, official)
+        gap = (levels[n] - levels[n - 1]).view(-1, *(1,) * (w.ndim - 1))
+        total = total + (w * torch.relu(-gap * rise)).sum(dtype=torch.float64)
+    return (global_sum(total, process_group) / torch.where(number > 0, number, 1.0)).to(w.dtype)
+
+
+def draw_pairs(
+    like: Tensor,
+    wanted: Tensor | None,
+    num_pairs: int | None,
+    generator: torch.Generator | None,
+    *,
+    across: bool,
+) -> Tensor:
+    """(P, 2) disjoint random pairs of positions in the flattened maps `like` (N, 1, *spatial).
+
+    Within each image, at most `num_pairs` of them, of voxels that are `wanted` as long as there are any; or `across`
+    the images, at most `num_pairs` in all.
+    """
+    n, v = (1, like.numel()) if across else (len(like), like[0].numel())
+    key = uniform((n, v), like.device, generator)
+    if wanted is not None and not across:
+        key = key + (~wanted.flatten(1)).float()
+    count = v // 2 if num_pairs is None else min(num_pairs, v // 2)
+    order = key.argsort(1)[:, : 2 * count] + v * torch.arange(n, device=like.device).unsqueeze(1)
+    return order.reshape(-1, 2)

@@ -79,7 +79,7 @@ def soft_indicator(x: Tensor, alpha: float) -> Tensor:
     return torch.sigmoid(alpha * x)
 
 
-def window_mean(x: Tensor, size: int, counted: Tensor | None = None, *, official: bool = False) -> Tensor:
+def window_mean(x: Tensor, size: int, counted: Tensor | None = None, official: bool = False) -> Tensor:
     """Mean of the counted voxels in a window of width `size`; `official` divides by its volume at borders too."""
     pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
     ones = torch.ones_like(x) if counted is None else counted.to(x.dtype)
@@ -110,6 +110,11 @@ def _same(pairs: Tensor, groups: Tensor | None, counted: Tensor | None) -> Tenso
     return same
 
 
+def boundary_weight(distance: Tensor, thresholds: SoftThresholds) -> Tensor:
+    """How surely a voxel, or the farther one of a pair, is on the boundary."""
+    return soft_indicator(thresholds.d_g - distance, GRADIENT_SHARPNESS * thresholds.alpha)
+
+
 def gradient_pairs(
     g: Tensor,
     distance: Tensor,
@@ -123,8 +128,8 @@ def gradient_pairs(
 ) -> PairTerms:
     """The pairs of the gradient loss; `g` is already the maximum over windows."""
     i, j = pairs.unbind(1)
-    d, g = distance.flatten().to(g.dtype), g.flatten()
-    w = soft_indicator(thresholds.d_g - torch.maximum(d[i], d[j]), GRADIENT_SHARPNESS * thresholds.alpha)
+    d, g = distance.flatten(), g.flatten()
+    w = boundary_weight(torch.maximum(d[i], d[j]), thresholds)
     w = torch.where(_same(pairs, groups, counted), _negligible(w, official), 0.0)
     sign = 1.0 if relation == "decreasing" else -1.0
     slope = torch.where(w > 0, sign * w * (g[i] - g[j]), 0.0)
@@ -184,11 +189,17 @@ def soft_gradient_loss(
 ) -> Tensor:
     """The gradient loss of maps u, g, distance, groups and counted (N, 1, *spatial)."""
     size = thresholds.normal_kernel
-    options = {"groups": groups, "counted": counted, "official": official}
     terms = gradient_pairs(
-        window_max(g.to(u.dtype), size, counted), distance, pairs, thresholds, relation=relation, **options
+        window_max(g.to(u.dtype), size, counted),
+        distance.to(u.dtype),
+        pairs,
+        thresholds,
+        groups=groups,
+        counted=counted,
+        relation=relation,
+        official=official,
     )
-    return pair_loss(window_mean(u, size, counted, official=official), pairs, terms, (1.0,), process_group)[0]
+    return pair_loss(window_mean(u, size, counted, official), pairs, terms, (1.0,), process_group)[0]
 
 
 def soft_distance_loss(
@@ -231,7 +242,7 @@ def soft_noise_loss(
     """The noise loss of maps u_0, u_1, ... (N, 1, *spatial) at `levels` (number of maps, N)."""
     w = noise_weight(distance.to(maps[0].dtype), thresholds, counted, official=official)
     number = all_reduced(w.sum(), process_group)
-    means = [window_mean(u, thresholds.patch_kernel, counted, official=official) for u in maps]
+    means = [window_mean(u, thresholds.patch_kernel, counted, official) for u in maps]
     total = torch.zeros_like(number)
     for n in range(1, len(maps)):
         gap = (levels[n] - levels[n - 1]).view(-1, *(1,) * (w.ndim - 1))

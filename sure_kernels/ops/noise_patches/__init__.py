@@ -1,0 +1,1 @@
+"""Where to put noise: hard voxels, and patches around them that do not overlap."""
