@@ -11,17 +11,30 @@ from sure_kernels.backends import (
 from sure_kernels.doctor import doctor
 from sure_kernels.functional import (
     EvidentialTerms,
+    NoisePatches,
+    NoiseTerms,
+    SoftThresholds,
     SupervisedTerms,
+    add_gaussian_noise,
     boundary_band,
     boundary_distance,
     dirichlet_uncertainty,
     evidential_loss,
     gradient_magnitude,
     gradient_uncertainty_loss,
+    hard_sample_mask,
+    noise_uncertainty_loss,
     pairwise_ranking_loss,
+    sample_noise_patches,
     supervised_evidential_loss,
 )
-from sure_kernels.modules import DirichletUncertainty, EvidentialLoss, GradientMagnitude, SURELoss
+from sure_kernels.modules import (
+    DirichletUncertainty,
+    EvidentialLoss,
+    GradientMagnitude,
+    NoiseUncertaintyLoss,
+    SURELoss,
+)
 
 __version__ = "0.1.0"
 
@@ -31,8 +44,13 @@ __all__ = [
     "EvidentialLoss",
     "EvidentialTerms",
     "GradientMagnitude",
+    "NoisePatches",
+    "NoiseTerms",
+    "NoiseUncertaintyLoss",
     "SURELoss",
+    "SoftThresholds",
     "SupervisedTerms",
+    "add_gaussian_noise",
     "backend",
     "backends",
     "boundary_band",
@@ -43,9 +61,12 @@ __all__ = [
     "get_backend",
     "gradient_magnitude",
     "gradient_uncertainty_loss",
+    "hard_sample_mask",
     "metrics",
+    "noise_uncertainty_loss",
     "pairwise_ranking_loss",
     "reference",
+    "sample_noise_patches",
     "set_backend",
     "supervised_evidential_loss",
 ]

@@ -27,6 +27,7 @@ TRITON_OPS = (
     "evidential_loss",
     "supervised_evidential_loss",
     "pairwise_ranking_loss",
+    "noise_uncertainty_loss",
 )
 # Triton compiles for NVIDIA GPUs from this compute capability on.
 _OLDEST_CAPABILITY = (7, 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels import validation as check
-from sure_kernels.backends import get_backend
+from sure_kernels.backends import get_backend, requested
 from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR, counted_voxels
 from sure_kernels.kernel_lib.random import normal, uniform
@@ -806,8 +806,8 @@ def gradient_uncertainty_loss(
         distance: `boundary_distance`, (N, 1, *spatial) or (N, *spatial).
         max_distance: voxels at most so far from a boundary are on it.
         groups: the label, to compare voxels only within a class (PriUS).
-        soft: PriUS's sigmoid form (arXiv 2605.10984): means of u and maxima of g over `normal_kernel` voxels, compared in
-            random pairs, each weighted by how surely both voxels are on the boundary, over the sum of the weights.
+        soft: PriUS's sigmoid form (arXiv 2605.10984): means of u and maxima of g over `normal_kernel` voxels, compared
+            in random pairs, each weighted by how surely both voxels are on the boundary, over the sum of the weights.
             `max_distance` and `method` then do not apply. The form over all pairs in O(n log n) is the one without it.
         pairs: of `soft`: (P, 2) integers, positions in the map flattened with its batch. By default each voxel is drawn
             once, or `num_pairs` pairs of each image, those on the boundary first; with compat="official" across images,
@@ -824,11 +824,14 @@ def gradient_uncertainty_loss(
     if soft is not None:
         check.check_choice(relation, "relation", RELATIONS)
         inputs = _soft_inputs(u, "uncertainty", distance, soft, groups, mask, compat, "gradient_uncertainty_loss")
-        chosen = _soft_pairs(pairs, inputs, num_pairs, generator, soft_reference.on_boundary(inputs.distance, soft))
-        return inputs.module.soft_gradient_loss(
+        on_boundary = soft_reference.boundary_weight(inputs.distance, soft) > soft_reference.NEGLIGIBLE
+        chosen = _soft_pairs(pairs, inputs, num_pairs, generator, on_boundary)
+        loss = inputs.module.soft_gradient_loss(
             inputs.u, g.view_as(u), inputs.distance, chosen, soft,
             relation=relation, process_group=process_group, **inputs.options,
         )  # fmt: skip
+        _explain_maps(loss, {"uncertainty": u}, inputs.options["counted"])
+        return loss
     _refuse_pairs(pairs)
     near = _like_uncertainty(distance, "distance", u) <= check.check_number(max_distance, "max_distance")
     if mask is not None:
@@ -952,12 +955,12 @@ def noise_uncertainty_loss(
     """L_nu: near a boundary, more noise means more uncertainty; far from every boundary there is none (Li et al.,
     MICCAI 2025).
 
-    weights[0] L_mu + weights[1] L_d + weights[2] L_far, of the uncertainty u_0 of a clean image and u_1, ..., u_L of the
-    same image under noise of levels m_1, ..., m_L (m_0 = 0):
+    weights[0] L_mu + weights[1] L_d + weights[2] L_far, of the uncertainty u_0 of a clean image and u_1, ..., u_L of
+    the same image under noise of levels m_1, ..., m_L (m_0 = 0):
 
         L_mu  = sum of V(-(u_l - u_k)(m_l - m_k)), V(x) = sum relu(x) / #{x > 0}, over pairs (l, k) of every map with
                 the clean one and with its predecessor; all images pooled
-        L_d   = sum over l of R(u_l - u_0, d): the rise falls with the distance d, `pairwise_ranking_loss` over all pairs
+        L_d   = sum over l of R(u_l - u_0, d), `pairwise_ranking_loss` over all pairs: the rise falls with distance d
         L_far = mean of u_0 + ... + u_L over voxels with d > near; 0 where there is none (the published 0 / 0 is NaN)
 
     L_mu and L_d are over voxels with d <= near, or over those of the `points` that are. The clean map is detached in
@@ -1118,7 +1121,7 @@ def _hard_noise(
         )
         mu, far = stacked.unbind()
         values = u if index is None else list(at_points.unbind())
-    _explain_maps(loss, maps, counted)
+    _explain_maps(loss, _noise_names(maps), counted)
     rank = torch.zeros_like(mu)
     if ranked:
         with contextlib.nullcontext() if weights[1] > 0 else torch.no_grad():
@@ -1127,12 +1130,16 @@ def _hard_noise(
     return loss, NoiseTerms(mu.detach(), rank.detach(), far.detach())
 
 
-def _explain_maps(loss: Tensor, maps: list[Tensor], counted: Tensor | None) -> None:
+def _noise_names(maps: list[Tensor]) -> dict[str, Tensor]:
+    return {f"noisy[{i - 1}]" if i else "clean": u for i, u in enumerate(maps)}
+
+
+def _explain_maps(loss: Tensor, maps: dict[str, Tensor], counted: Tensor | None) -> None:
     """Name the map and voxel when the loss is not finite because a map was not."""
     if check.values_checked(loss) and not bool(torch.isfinite(loss)):
-        for i, u in enumerate(maps):
+        for name, u in maps.items():
             valid = torch.ones_like(u[:, 0], dtype=torch.bool) if counted is None else counted.view_as(u[:, 0])
-            check.explain_non_finite(u, valid, f"noisy[{i - 1}]" if i else "clean")
+            check.explain_non_finite(u, valid, name)
 
 
 def _rise_by_distance(
@@ -1182,7 +1189,7 @@ def _soft_noise(
             x = x if counted is None else torch.where(counted, x, 0.0)
             hinge, share = inputs.module.pair_loss(x, pairs, terms, weights[1:], process_group)
             loss, shares = loss + hinge / len(u), shares + share / len(u)
-    _explain_maps(loss, maps, counted)
+    _explain_maps(loss, _noise_names(maps), counted)
     return loss, NoiseTerms(mu.detach(), *shares.unbind())
 
 
@@ -1208,8 +1215,8 @@ def add_gaussian_noise(
 ) -> Tensor:
     """`image` (N, M, *spatial) plus noise of its own in every voxel and channel, as a new tensor of the same dtype.
 
-    The defaults are those of SURE's hard-sample detection, for images of mean 0 and standard deviation 1. A generator on
-    another device gives the same noise there as here, at the price of a copy.
+    The defaults are those of SURE's hard-sample detection, for images of mean 0 and standard deviation 1. A generator
+    on another device gives the same noise here as there, at the price of a copy.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -1244,9 +1251,9 @@ def sample_noise_patches(
     """Noise of two means in small patches around hard voxels, for `noise_uncertainty_loss` (Li et al., MICCAI 2025).
 
     In each image and for each class `patches_per_class` centres are drawn among the hard voxels of the class, the
-    background's (class 0) only up to distance `near`; patches lie in the image and do not overlap. What a class lacks is
-    then filled with patches anywhere. Where even that finds no room, the centre is -1: never an error, never a longer
-    search. Each patch, voxel and channel has noise of its own, and so have the two images.
+    background's (class 0) only up to distance `near`; patches lie in the image and do not overlap. What a class lacks
+    is then filled with patches anywhere. Where even that finds no room, the centre is -1: never an error, never a
+    longer search. Each patch, voxel and channel has noise of its own, and so have the two images.
 
     Args:
         image: (N, M, *spatial), floating point. Left as it is.
@@ -1290,7 +1297,8 @@ def sample_noise_patches(
 
     means = low + (high - low) * uniform((2,), x.device, generator)
     priority = uniform((n, *spatial), x.device, generator)
-    ops = patches_reference if get_backend(x, "sample_noise_patches") == "reference" else patches_op
+    # No kernels to insist on: only the reference is another implementation.
+    ops = patches_reference if requested() == "reference" else patches_op
     centres = ops.patch_centres(priority, labels, candidates, k, number, size)
     shape = (n, m, centres.shape[1], size ** len(spatial))
     first, second = (

@@ -5,6 +5,7 @@ Losses are called as MONAI and nnU-Net call theirs, `loss(input, target)`; whate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,6 +107,61 @@ class EvidentialLoss(_Options):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Any:
         return functional.evidential_loss(input, target, mask=mask, **self.options)
+
+
+class NoiseUncertaintyLoss(_Options):
+    """`sure_kernels.noise_uncertainty_loss` as a module; see there for the arguments.
+
+    forward(clean, noisy, levels, distance, *, points=None, groups=None, mask=None, pairs=None, generator=None) takes
+    uncertainty maps (N, 1, *spatial), the levels of the noisy ones and the distance to the boundary.
+    """
+
+    def __init__(
+        self,
+        *,
+        near: float = 4.0,
+        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        soft: functional.SoftThresholds | None = None,
+        num_pairs: int | None = None,
+        process_group: Any | None = None,
+        compat: str | None = None,
+        return_terms: bool = False,
+    ) -> None:
+        super().__init__(
+            near=near,
+            weights=weights,
+            soft=soft,
+            num_pairs=num_pairs,
+            process_group=process_group,
+            compat=compat,
+            return_terms=return_terms,
+        )
+
+    def forward(
+        self,
+        clean: Tensor,
+        noisy: Sequence[Tensor] | Tensor,
+        levels: Sequence[float | Tensor] | Tensor,
+        distance: Tensor,
+        *,
+        points: Tensor | None = None,
+        groups: Tensor | None = None,
+        mask: Tensor | None = None,
+        pairs: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        return functional.noise_uncertainty_loss(
+            clean,
+            noisy,
+            levels,
+            distance,
+            points=points,
+            groups=groups,
+            mask=mask,
+            pairs=pairs,
+            generator=generator,
+            **self.options,
+        )
 
 
 class SURELoss(nn.Module):

@@ -1,7 +1,7 @@
 """The public functions in plain PyTorch: short, readable, any dtype, straight from the formulas.
 
-Same names and arguments as in `sure_kernels`; differentiable by autograd. Beside them stand the formulas on
-concentrations that they are made of. Kernels are held to these.
+Same names and arguments as in `sure_kernels`; differentiable by autograd. Beside them stand the formulas that they
+are made of, on concentrations and on maps of uncertainty. Kernels are held to these.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ from sure_kernels.ops.evidential.reference import (
     expected_cross_entropy,
     soft_dice,
 )
+from sure_kernels.ops.soft.reference import (
+    prius_distance_loss,
+    soft_distance_loss,
+    soft_gradient_loss,
+    soft_indicator,
+    soft_noise_loss,
+    window_max,
+    window_mean,
+)
 from sure_kernels.ops.supervised.reference import covariance_supervision
 
 __all__ = [
@@ -31,9 +40,18 @@ __all__ = [
     "expected_cross_entropy",
     "gradient_magnitude",
     "gradient_uncertainty_loss",
+    "noise_uncertainty_loss",
     "pairwise_ranking_loss",
+    "prius_distance_loss",
+    "sample_noise_patches",
     "soft_dice",
+    "soft_distance_loss",
+    "soft_gradient_loss",
+    "soft_indicator",
+    "soft_noise_loss",
     "supervised_evidential_loss",
+    "window_max",
+    "window_mean",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,4 +73,6 @@ boundary_distance = _by_reference(functional.boundary_distance)
 boundary_band = _by_reference(functional.boundary_band)
 pairwise_ranking_loss = _by_reference(functional.pairwise_ranking_loss)
 gradient_uncertainty_loss = _by_reference(functional.gradient_uncertainty_loss)
+noise_uncertainty_loss = _by_reference(functional.noise_uncertainty_loss)
+sample_noise_patches = _by_reference(functional.sample_noise_patches)
 supervised_evidential_loss = _by_reference(functional.supervised_evidential_loss)

@@ -72,6 +72,10 @@ def _ranked(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> t
     return torch.rand((1, 1, *shape), generator=g).to(dtype), torch.rand((1, 1, *shape), generator=g)
 
 
+def _uncertainty(g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.rand((1, 1, *shape), generator=g).to(dtype)
+
+
 OPS = (
     OpSpec("gradient_magnitude", "gradient_magnitude", lambda g, k, s, d: ((_image(g, s, d),), {})),
     OpSpec(
@@ -107,6 +111,20 @@ OPS = (
         lambda g, k, s, d: (
             (*_ranked(g, s, d), functional.boundary_distance(blobs(g, k, s), max_distance=1.0)),
             {},
+        ),
+    ),
+    OpSpec(
+        "noise_uncertainty_loss",
+        "noise",
+        # Its ranking has a row of its own.
+        lambda g, k, s, d: (
+            (
+                _uncertainty(g, s, d),
+                torch.stack([_uncertainty(g, s, d) for _ in range(2)]),
+                torch.tensor((0.3, 0.8)),
+                functional.boundary_distance(blobs(g, k, s), max_distance=4.0),
+            ),
+            {"weights": (1.0, 0.0, 1.0)},
         ),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Arguments:
         constants: value of every tl.constexpr argument, and of integers equal to 1 (the compiler folds those).
     """
 
-    types: dict[str, str | tuple[str, ...]]
+    types: Mapping[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     num_warps: int = 4
 

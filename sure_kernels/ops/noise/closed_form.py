@@ -75,9 +75,7 @@ def sums(maps: Sequence[Tensor], levels: Tensor, distance: Tensor, mask: Tensor 
     return out
 
 
-def finalise(
-    totals: Tensor, rising_weight: float, far_weight: float, process_group: Any | None
-) -> Finalised:
+def finalise(totals: Tensor, rising_weight: float, far_weight: float, process_group: Any | None) -> Finalised:
     """From the sums of this rank; the coefficients follow DistributedDataParallel's averaging."""
     value, number = all_reduced(totals, process_group).unbind(1)
     safe = number.clamp_min(1)
@@ -109,7 +107,11 @@ def gradient(
     for image, voxels in voxel_slices(distance.unsqueeze(1), _rows_per_voxel(maps)):
         d = distance[image, voxels]
         u = [x[image, voxels].to(dtype) for x in maps]
-        far = torch.where(_counted(d > terms.near, mask, image, voxels), c[-1], 0.0) if terms.far else torch.zeros_like(u[0])
+        far = (
+            torch.where(_counted(d > terms.near, mask, image, voxels), c[-1], 0.0)
+            if terms.far
+            else torch.zeros_like(u[0])
+        )
         du = [far] * len(maps)
         if terms.rising:
             near = _counted(d <= terms.near, mask, image, voxels)

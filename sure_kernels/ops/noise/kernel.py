@@ -69,10 +69,10 @@ def sums_kernel(
     o_first = i_image * voxels
     zero = tl.zeros([BLOCK], tl.float32)
     clean_sum, clean_number, step_sum, step_number = (), (), (), ()
-    for i in tl.static_range(1, MAPS):
+    for _ in tl.static_range(1, MAPS):
         clean_sum += (zero,)
         clean_number += (zero,)
-    for i in tl.static_range(2, MAPS):
+    for _ in tl.static_range(2, MAPS):
         step_sum += (zero,)
         step_number += (zero,)
     far_sum, far_number = zero, zero

@@ -25,37 +25,25 @@ def patch_centres(
     `priority`, labels `target` and boolean `candidates` are (N, *spatial).
     """
     shape, radius = target.shape[1:], patch_size // 2
-    out = torch.full((len(target), num_classes * patches_per_class, len(shape)), -1, dtype=torch.int64)
+    out = torch.full((len(target), num_classes * patches_per_class, len(shape)), -1, device=target.device)
     for n in range(len(target)):
-        order = torch.sort(priority[n].flatten(), descending=True, stable=True).indices.tolist()
-        voxels = [tuple(int(i) for i in torch.unravel_index(torch.tensor(v), shape)) for v in order]
-        taken: list[tuple[int, ...]] = []
+        order = torch.sort(priority[n].flatten(), descending=True, stable=True).indices
+        free = torch.zeros(shape, dtype=torch.bool, device=target.device)
+        free[tuple(slice(radius, s - radius) for s in shape)] = True
 
-        def fits(voxel: tuple[int, ...], taken: list[tuple[int, ...]] = taken) -> bool:
-            inside = all(radius <= i < s - radius for i, s in zip(voxel, shape, strict=True))
-            return inside and all(
-                max(abs(a - b) for a, b in zip(voxel, other, strict=True)) >= patch_size for other in taken
-            )
+        def take(slot: Tensor, allowed: Tensor, order: Tensor = order, free: Tensor = free) -> None:
+            left = order[(allowed & free).flatten()[order]]
+            if len(left):
+                slot.copy_(torch.stack(torch.unravel_index(left[0], shape)))
+                free[tuple(slice(max(i - patch_size + 1, 0), i + patch_size) for i in slot.tolist())] = False
 
-        slots = out[n].view(num_classes, patches_per_class, len(shape))
         for c in range(num_classes):
-            free = iter(slots[c])
-            for voxel in voxels:
-                if bool(candidates[n][voxel]) and int(target[n][voxel]) == c and fits(voxel):
-                    slot = next(free, None)
-                    if slot is None:
-                        break
-                    slot.copy_(torch.tensor(voxel))
-                    taken.append(voxel)
-        missing = iter([slot for slot in out[n] if int(slot[0]) < 0])
-        for voxel in voxels:
-            if fits(voxel):
-                slot = next(missing, None)
-                if slot is None:
-                    break
-                slot.copy_(torch.tensor(voxel))
-                taken.append(voxel)
-    return out.to(target.device)
+            for slot in out[n, c * patches_per_class : (c + 1) * patches_per_class]:
+                take(slot, candidates[n] & (target[n] == c))
+        for slot in out[n]:
+            if int(slot[0]) < 0:
+                take(slot, free)
+    return out
 
 
 def add_patches(image: Tensor, centres: Tensor, noise: Tensor, patch_size: int) -> Tensor:
@@ -64,6 +52,6 @@ def add_patches(image: Tensor, centres: Tensor, noise: Tensor, patch_size: int) 
     for n, p in itertools.product(range(len(image)), range(centres.shape[1])):
         centre = centres[n, p].tolist()
         if centre[0] >= 0:
-            patch = (n, slice(None), *(slice(i - radius, i + radius + 1) for i in centre))
-            out[patch] += noise[n, :, p].view(out[patch].shape)
+            patch = out[n][(slice(None), *(slice(i - radius, i + radius + 1) for i in centre))]
+            patch += noise[n, :, p].view_as(patch)
     return out

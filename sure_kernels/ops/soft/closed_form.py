@@ -55,7 +55,9 @@ def pair_sums(u: Tensor, pairs: Tensor, slopes: Tensor, ratio: Tensor, factors: 
     """(S,) float64: sum over active pairs of each slope times u_i - b u_j; `u` is flat."""
     i, j = pairs.unbind(1)
     step = u[i] - ratio * u[j]
-    step = torch.where(_slope(slopes, factors) * step > 0, step, 0.0)
+    a = _slope(slopes, factors)
+    # A NaN counts, where the pair does.
+    step = torch.where((a != 0) & ~(a * step <= 0), step, 0.0)
     return torch.stack([(slope * step).sum().double() for slope in slopes])
 
 

@@ -149,7 +149,9 @@ def distance_pairs(
     i, j = pairs.unbind(1)
     d = distance.flatten()
     gap = d[i] - d[j]
-    t = soft_indicator(d[i] - thresholds.d_f, thresholds.alpha) * soft_indicator(d[j] - thresholds.d_f, thresholds.alpha)
+    t = soft_indicator(d[i] - thresholds.d_f, thresholds.alpha) * soft_indicator(
+        d[j] - thresholds.d_f, thresholds.alpha
+    )
     ranked = soft_indicator(gap.abs() - thresholds.d_eps, thresholds.alpha) * (1 - t)
     # Infinite or undefined: such a pair has no order that could be measured.
     ranked, gap = (torch.where(torch.isfinite(gap), x, 0.0) for x in (ranked, gap))
@@ -167,7 +169,9 @@ def pair_loss(
     u = u.flatten()
     step = u[i] - terms.ratio * u[j]
     factor = torch.tensor(factors, dtype=u.dtype, device=u.device)
-    active = (factor @ terms.slopes) * step.detach() > 0
+    slope = factor @ terms.slopes
+    # A NaN counts, where the pair does.
+    active = (slope != 0) & ~(slope * step.detach() <= 0)
     shares = torch.where(active, terms.slopes * step, 0.0).sum(1)
     number = all_reduced(terms.weight.sum(), process_group)
     shares = global_sum(shares, process_group) / torch.where(number > 0, number, 1.0)
@@ -179,7 +183,7 @@ def soft_gradient_loss(
     g: Tensor,
     distance: Tensor,
     pairs: Tensor,
-    thresholds: SoftThresholds = SoftThresholds(),
+    thresholds: SoftThresholds,
     *,
     groups: Tensor | None = None,
     counted: Tensor | None = None,
@@ -206,7 +210,7 @@ def soft_distance_loss(
     u: Tensor,
     distance: Tensor,
     pairs: Tensor,
-    thresholds: SoftThresholds = SoftThresholds(),
+    thresholds: SoftThresholds,
     *,
     groups: Tensor | None = None,
     counted: Tensor | None = None,
@@ -215,9 +219,7 @@ def soft_distance_loss(
 ) -> Tensor:
     """The distance loss of maps u, distance, groups and counted (N, 1, *spatial)."""
     u = u if counted is None else torch.where(counted, u, 0.0)
-    terms = distance_pairs(
-        distance.to(u.dtype), pairs, thresholds, groups=groups, counted=counted, official=official
-    )
+    terms = distance_pairs(distance.to(u.dtype), pairs, thresholds, groups=groups, counted=counted, official=official)
     return pair_loss(u, pairs, terms, (1.0, 1.0), process_group)[0]
 
 
@@ -233,7 +235,7 @@ def soft_noise_loss(
     maps: Sequence[Tensor],
     levels: Tensor,
     distance: Tensor,
-    thresholds: SoftThresholds = SoftThresholds(),
+    thresholds: SoftThresholds,
     *,
     counted: Tensor | None = None,
     official: bool = False,
