@@ -13,6 +13,10 @@ CPU_ELEMENTS = 1 << 17
 GPU_ELEMENTS = 1 << 26
 
 
+# Images and voxels of a piece.
+Place = tuple[slice, slice]
+
+
 def flat(x: Tensor) -> Tensor:
     """(N, C, *spatial) as (N, C, V): a view for contiguous and channels-last layouts."""
     return x.flatten(2)
@@ -26,6 +30,18 @@ def voxel_slices(x: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
     for image in range(n):
         for start in range(0, v, step):
             yield image, slice(start, min(start + step, v))
+
+
+def blocks(x: Tensor, rows: int) -> Iterator[Place]:
+    """(images, voxels) that cover the (N, V) map `x`, of small images several at a time, with about `rows` temporaries
+    a voxel in each piece."""
+    budget = CPU_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
+    n, v = x.shape
+    step = min(v, max(1, budget // rows))
+    images = max(1, budget // (rows * v))
+    for first in range(0, n, images):
+        for start in range(0, v, step):
+            yield slice(first, min(first + images, n)), slice(start, min(start + step, v))
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
