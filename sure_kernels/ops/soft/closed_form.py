@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def window_sum(x: Tensor, size: int) -> Tensor:
     """Sum over a window of width `size` around each voxel of (N, 1, *spatial), 0 outside the image."""
-    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
-    for axis in range(x.ndim - 2):
-        kernel = [size if a == axis else 1 for a in range(x.ndim - 2)]
-        x = pool(x, kernel, stride=1, padding=[k // 2 for k in kernel], divisor_override=1)
+    for axis in range(2, x.ndim):
+        n = x.shape[axis]
+        out = x.clone()
+        for shift in range(1, min(size // 2, n - 1) + 1):
+            out.narrow(axis, 0, n - shift).add_(x.narrow(axis, shift, n - shift))
+            out.narrow(axis, shift, n - shift).add_(x.narrow(axis, 0, n - shift))
+        x = out
     return x
 
 
@@ -51,10 +53,13 @@ def _slope(slopes: Tensor, factors: Sequence[float]) -> Tensor:
     return total
 
 
+def _step(u: Tensor, i: Tensor, j: Tensor, ratio: Tensor) -> Tensor:
+    return u.index_select(0, i) - ratio * u.index_select(0, j)
+
+
 def pair_sums(u: Tensor, pairs: Tensor, slopes: Tensor, ratio: Tensor, factors: Sequence[float]) -> Tensor:
     """(S,) float64: sum over active pairs of each slope times u_i - b u_j; `u` is flat."""
-    i, j = pairs.unbind(1)
-    step = u[i] - ratio * u[j]
+    step = _step(u, *pairs.unbind(1), ratio)
     a = _slope(slopes, factors)
     # A NaN counts, where the pair does.
     step = torch.where((a != 0) & ~(a * step <= 0), step, 0.0)
@@ -67,7 +72,7 @@ def pair_gradient(
     """dL/du, flat; `scale` is the upstream gradient over the sum of weights."""
     i, j = pairs.unbind(1)
     a = _slope(slopes, factors)
-    a = torch.where(a * (u[i] - ratio * u[j]) > 0, a, 0.0) * scale.to(u.dtype)
+    a = torch.where(a * _step(u, i, j, ratio) > 0, a, 0.0) * scale.to(u.dtype)
     du = torch.zeros_like(u)
     # Sorted, not atomic, on a GPU: the same bits also where pairs share a voxel.
     du.index_put_((i,), a, accumulate=True)

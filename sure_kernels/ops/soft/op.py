@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.distributed import all_reduced, global_sum, world_size
-from sure_kernels.kernel_lib.random import uniform
+from sure_kernels.kernel_lib.random import permutation
 from sure_kernels.ops.soft import closed_form, reference
 from sure_kernels.ops.soft.reference import PairTerms, SoftThresholds
 
@@ -134,13 +134,19 @@ def draw_pairs(
 ) -> Tensor:
     """(P, 2) disjoint random pairs of positions in the flattened maps `like` (N, 1, *spatial).
 
-    Within each image, at most `num_pairs` of them, of voxels that are `wanted` as long as there are any; or `across`
-    the images, at most `num_pairs` in all.
+    Within each image, at most `num_pairs` of them, of voxels that are `wanted` as long as there are any; one draw
+    serves all images. Or `across` the images, at most `num_pairs` in all.
     """
-    n, v = (1, like.numel()) if across else (len(like), like[0].numel())
-    key = uniform((n, v), like.device, generator)
-    if wanted is not None and not across:
-        key = key + (~wanted.flatten(1)).float()
+    if across:
+        count = like.numel() // 2 if num_pairs is None else min(num_pairs, like.numel() // 2)
+        return permutation(like.numel(), like.device, generator)[: 2 * count].view(-1, 2)
+    n, v = len(like), like[0].numel()
+    order = permutation(v, like.device, generator).expand(n, v)
+    if wanted is not None:
+        # A stable partition: the wanted voxels of each image in random order, then the others.
+        first = wanted.flatten(1).gather(1, order)
+        place = torch.where(first, first.cumsum(1) - 1, first.sum(1, keepdim=True) + (~first).cumsum(1) - 1)
+        order = torch.empty_like(order).scatter_(1, place, order)
     count = v // 2 if num_pairs is None else min(num_pairs, v // 2)
-    order = key.argsort(1)[:, : 2 * count] + v * torch.arange(n, device=like.device).unsqueeze(1)
-    return order.reshape(-1, 2)
+    start = v * torch.arange(n, device=like.device).unsqueeze(1)
+    return (order[:, : 2 * count] + start).reshape(-1, 2)

@@ -104,10 +104,15 @@ def _same(pairs: Tensor, groups: Tensor | None, counted: Tensor | None) -> Tenso
     i, j = pairs.unbind(1)
     same = torch.ones_like(i, dtype=torch.bool)
     if groups is not None:
-        same = groups.flatten()[i] == groups.flatten()[j]
+        same = _at(groups, i) == _at(groups, j)
     if counted is not None:
-        same = same & counted.flatten()[i] & counted.flatten()[j]
+        same = same & _at(counted, i) & _at(counted, j)
     return same
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """The entries of a flattened map."""
+    return x.flatten().index_select(0, index)
 
 
 def boundary_weight(distance: Tensor, thresholds: SoftThresholds) -> Tensor:
@@ -128,11 +133,10 @@ def gradient_pairs(
 ) -> PairTerms:
     """The pairs of the gradient loss; `g` is already the maximum over windows."""
     i, j = pairs.unbind(1)
-    d, g = distance.flatten(), g.flatten()
-    w = boundary_weight(torch.maximum(d[i], d[j]), thresholds)
+    w = boundary_weight(torch.maximum(_at(distance, i), _at(distance, j)), thresholds)
     w = torch.where(_same(pairs, groups, counted), _negligible(w, official), 0.0)
     sign = 1.0 if relation == "decreasing" else -1.0
-    slope = torch.where(w > 0, sign * w * (g[i] - g[j]), 0.0)
+    slope = torch.where(w > 0, sign * w * (_at(g, i) - _at(g, j)), 0.0)
     return PairTerms(slope.unsqueeze(0), torch.ones_like(w), w)
 
 
@@ -166,8 +170,7 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of uncertainty `u` over `pairs`, and (S,) the share that each of the slopes has in it, per factor."""
     i, j = pairs.unbind(1)
-    u = u.flatten()
-    step = u[i] - terms.ratio * u[j]
+    step = _at(u, i) - terms.ratio * _at(u, j)
     factor = torch.tensor(factors, dtype=u.dtype, device=u.device)
     slope = factor @ terms.slopes
     # A NaN counts, where the pair does.
