@@ -1022,16 +1022,18 @@ def _noise_maps(clean: Tensor, noisy: Sequence[Tensor] | Tensor) -> list[Tensor]
         raise TypeError(f"noisy: expected a sequence of maps, got {type(noisy).__name__}")
     if len(noisy) == 0:
         raise ValueError("noisy: expected one or more maps, got none")
-    for i, given in enumerate(noisy):
-        u = _uncertainty_map(given, f"noisy[{i}]")
-        check.check_same_device(u, f"noisy[{i}]", maps[0], "clean")
-        if u.shape != maps[0].shape:
-            expected = check.shape_of(maps[0])
-            raise ValueError(f"noisy[{i}]: expected shape {expected} like clean, got {check.shape_of(u)}")
-        if u.dtype != maps[0].dtype:
-            raise TypeError(f"noisy[{i}]: expected {maps[0].dtype} like clean, got {u.dtype}")
-        maps.append(u)
-    return maps
+    return maps + [_like_clean(u, f"noisy[{i}]", maps[0]) for i, u in enumerate(noisy)]
+
+
+def _like_clean(value: object, name: str, clean: Tensor) -> Tensor:
+    """An uncertainty map like the clean one's."""
+    u = _uncertainty_map(value, name)
+    check.check_same_device(u, name, clean, "clean")
+    if u.shape != clean.shape:
+        raise ValueError(f"{name}: expected shape {check.shape_of(clean)} like clean, got {check.shape_of(u)}")
+    if u.dtype != clean.dtype:
+        raise TypeError(f"{name}: expected {clean.dtype} like clean, got {u.dtype}")
+    return u
 
 
 def _noise_levels(levels: Sequence[float | Tensor] | Tensor, maps: list[Tensor]) -> Tensor:
@@ -1117,7 +1119,17 @@ def _hard_noise(
         loss = weights[0] * mu + weights[2] * far
     else:
         loss, stacked, at_points = NoiseUncertaintyFunction.apply(
-            levels, d, counted, index, chosen, near, (weights[0], weights[2]), official, process_group, backend, *u
+            levels,
+            d,
+            counted,
+            index,
+            None if index is None else chosen,
+            near,
+            (weights[0], weights[2]),
+            official,
+            process_group,
+            backend,
+            *u,
         )
         mu, far = stacked.unbind()
         values = u if index is None else list(at_points.unbind())
@@ -1154,14 +1166,14 @@ def _rise_by_distance(
 ) -> Tensor:
     """L_d of values (N, n): those `chosen` that are near, or `official`ly all that are `listed`, the others as 0."""
     on = d <= near if chosen is None else chosen & (d <= near)
-    clean = values[0]
+    clean, *noisy = (u.to(d.dtype) for u in values)
     mask = on
     if official:
         mask = torch.isfinite(d) if listed is None else listed & torch.isfinite(d)
     else:
         clean = clean.detach()
     total = []
-    for u in values[1:]:
+    for u in noisy:
         rise = torch.where(on, u - clean, 0.0) if official else u - clean
         total.append(_ranking(rise, d, mask, groups, Method("decreasing", "exact", None, False), None, process_group))
     return torch.stack(total).sum()
@@ -1206,8 +1218,8 @@ def hard_sample_mask(clean: Tensor, noised: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    maps = _noise_maps(clean, [noised])
-    return patches_reference.hard_sample_mask(*maps)
+    u = _uncertainty_map(clean, "clean")
+    return patches_reference.hard_sample_mask(u, _like_clean(noised, "noised", u))
 
 
 def add_gaussian_noise(
@@ -1289,11 +1301,9 @@ def sample_noise_patches(
     ignore_index = check.check_int(ignore_index, "ignore_index")
     _check_generator(generator)
     labels, k = _classes_of(target, x, num_classes, ignore_index)
-    d = check.check_voxel_map(distance, "distance", n, spatial, x)
-    candidates = check.check_mask(hard, n, spatial, x)
-    if candidates is None:
-        raise TypeError("hard: expected a torch.Tensor, got None")
-    candidates = candidates & ((labels != 0) | (d <= near)) & counted_voxels(labels, ignore_index)
+    is_hard = points.match_boolean(hard, "hard", x[:, :1], "image").view_as(labels)
+    is_near = (_like_uncertainty(distance, "distance", x[:, :1]) <= near).view_as(labels)
+    candidates = is_hard & ((labels != 0) | is_near) & counted_voxels(labels, ignore_index)
 
     means = low + (high - low) * uniform((2,), x.device, generator)
     priority = uniform((n, *spatial), x.device, generator)
@@ -1321,7 +1331,7 @@ def _classes_of(target: Tensor, image: Tensor, num_classes: int | None, ignore_i
         k = _positive_int(num_classes, "num_classes")
         like = image[:, :1].detach().expand(n, k, *spatial)
         return check.check_target(target, like, ignore_index, owner="image"), k
-    labels = check.check_voxel_map(target, "target", n, spatial, image)
+    labels = points.match(target, "target", image[:, :1], "image").view(n, *spatial)
     if labels.dtype not in check.INT_DTYPES:
         raise TypeError(f"target: expected integer labels of shape {(n, *spatial)}, got {labels.dtype}")
     labels = check.torch_integer(labels)

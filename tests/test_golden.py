@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.transforms import ClipIntensityPercentiles, Compose, NormalizeIntensity, ScaleIntensity
 from tolerances import GOLDEN_FLOAT32, GOLDEN_FLOAT64, GOLDEN_GRADIENT, GOLDEN_OFFICIAL
 
 import sure_kernels as sk
 from sure_kernels import schedules
+from sure_kernels.ops.noise_patches import closed_form as patches_closed_form
+from sure_kernels.ops.noise_patches import reference as patches_reference
 from sure_kernels.ops.ranking import closed_form
 
 WAYS = {"reference in float64": (sk.reference, torch.float64), "eager in float32": (sk, torch.float32)}
@@ -225,3 +228,235 @@ def test_schedules(golden):
             assert got == 0
         else:
             assert math.isclose(got, float(data["au_unc"][epoch]), rel_tol=1e-6)
+
+
+def noise_maps(data, names, dtype):
+    """Maps (N, 1, *spatial), each a leaf."""
+    maps = [data[name].to(dtype, copy=True) for name in names]
+    return [(u if u.ndim == data["d"].ndim + 1 else u.unsqueeze(1)).requires_grad_() for u in maps]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", ["05_nu_losses_0", "05_nu_losses_1"])
+@pytest.mark.parametrize("masked", ["", "_masked"])
+def test_published_noise_losses(golden, file, masked, way):
+    namespace, dtype = WAYS[way]
+    data = golden(file)
+    names = ("u", "u1", "u2")
+    n, p, _ = data["indexes"].shape
+    at = (torch.arange(n)[:, None].expand(n, p), 0, *data["indexes"].unbind(-1))
+    distance = data["d"].unsqueeze(1)
+    torch.testing.assert_close(distance[at].float(), data["d_patch"], rtol=0, atol=0)
+    for i, term in enumerate(("mu", "d", "far")):
+        maps = noise_maps(data, names, dtype)
+        loss, terms = namespace.noise_uncertainty_loss(
+            maps[0],
+            maps[1:],
+            (data["mu1"], data["mu2"]),
+            distance,
+            points=data["indexes"],
+            near=data["threshold"],
+            weights=[float(i == k) for k in range(3)],
+            mask=data["mask"] if masked else None,
+            compat="official",
+            return_terms=True,
+        )
+        loss.backward()
+        assert float(loss.detach()) == float(terms[i])
+        # The published buffers are float32 in both runs.
+        for width in (32, 64):
+            assert relative(loss, data[f"loss_{term}{masked}{width}"]) < GOLDEN_FLOAT32
+        for u, name in zip(maps, names, strict=True):
+            if term == "far":
+                assert relative(u.grad.sum(), data[f"grad_far{masked}_{name}_sum"]) < GOLDEN_FLOAT32
+                far = distance > data["threshold"]
+                far = far & (data["mask"] > 0) if masked else far
+                torch.testing.assert_close(u.grad, far / far.sum().to(dtype), rtol=1e-6, atol=0)
+            else:
+                stored = data[f"grad_{term}{masked}_{name}"]
+                assert gradient_error(u.grad[at], stored) < GOLDEN_GRADIENT
+                u.grad[at] = 0
+                assert bool((u.grad == 0).all())
+
+
+def test_published_noise_losses_without_anything_to_say(golden):
+    for file in ("05_nu_losses_0", "05_nu_losses_1"):
+        data = golden(file)
+        u, distance = data["u"].unsqueeze(1), data["d"].unsqueeze(1)
+        sign = math.copysign(1.0, data["mu2"] - data["mu1"])
+        options = {"points": data["indexes"], "near": data["threshold"], "compat": "official"}
+        # In the published order of additions: what is left is the rounding of u + 0.2 - 0.2.
+        loss = sk.noise_uncertainty_loss(
+            u, (u + 0.1, u + 0.2 * sign + 0.2), (data["mu1"], data["mu2"]), distance, weights=(1, 0, 0), **options
+        )
+        assert float(loss) == pytest.approx(data["mu_noviolation"], rel=GOLDEN_FLOAT32)
+        # Published: 0 / 0.
+        assert math.isnan(data["far_empty"])
+        nowhere = torch.zeros_like(distance)
+        assert float(sk.noise_uncertainty_loss(u, (u, u), (0.1, 0.2), nowhere, weights=(0, 0, 1), **options)) == 0
+
+
+def prius_2d(golden, file, dtype):
+    data = golden(file)
+    soft = sk.SoftThresholds(**{name[4:]: value for name, value in data.items() if name.startswith("cfg_")})
+    maps = noise_maps(data, ("u0", "u1", "u2"), dtype)
+    return data, soft, maps, data["d"].unsqueeze(1), data["labels"].unsqueeze(1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", ["11_prius2d_soft_0", "11_prius2d_soft_1"])
+def test_prius_soft_losses(golden, file, way):
+    namespace, dtype = WAYS[way]
+    data, soft, maps, distance, labels = prius_2d(golden, file, dtype)
+    tolerance = GOLDEN_FLOAT32 if dtype == torch.float32 else GOLDEN_FLOAT64
+    # float32 gradients of a sum of 1000 terms and more.
+    gradient_tolerance = GOLDEN_FLOAT32 if dtype == torch.float32 else GOLDEN_GRADIENT
+    options = {"soft": soft, "groups": labels, "compat": "official"}
+
+    loss = namespace.gradient_uncertainty_loss(
+        maps[0], data["g"], distance, pairs=data["gu_u0_idx"].view(-1, 2), **options
+    )
+    (gradient,) = torch.autograd.grad(loss, maps[0])
+    assert relative(loss, data["gu_u0_loss64"]) < tolerance
+    assert relative(loss, data["gu_u0_loss32"]) < GOLDEN_FLOAT32
+    assert gradient_error(gradient, data["gu_u0_grad"]) < gradient_tolerance
+
+    for i, u in enumerate(maps):
+        # Of one map: the mean over a map and itself.
+        pairs = data[f"du_u{i}_idx"].view(-1, 2)
+        loss = namespace.noise_uncertainty_loss(u, [u], [1.0], distance, weights=(0, 1, 1), pairs=pairs, **options)
+        (gradient,) = torch.autograd.grad(loss, u)
+        assert relative(loss, data[f"du_u{i}_loss64"]) < tolerance
+        assert relative(loss, data[f"du_u{i}_loss32"]) < GOLDEN_FLOAT32
+        assert gradient_error(gradient, data[f"du_u{i}_grad"]) < gradient_tolerance
+
+    for name in ("up", "down", "equal"):
+        start, *levels = data[f"nu_{name}_sigmas"].tolist()
+        assert start == 0
+        loss = namespace.noise_uncertainty_loss(maps[0], maps[1:], levels, distance, weights=(1, 0, 0), **options)
+        gradients = torch.autograd.grad(loss, maps, allow_unused=True)
+        assert relative(loss, data[f"nu_{name}_loss64"]) < tolerance
+        assert relative(loss, data[f"nu_{name}_loss32"]) < GOLDEN_FLOAT32
+        assert gradients[0] is None
+        for i in (1, 2):
+            stored = data[f"nu_{name}_grad_u{i}"]
+            assert float((gradients[i] - stored).abs().max()) <= gradient_tolerance * float(stored.abs().max())
+
+
+def test_prius_windows_and_indicators(golden):
+    for file in ("11_prius2d_soft_0", "11_prius2d_soft_1"):
+        data, soft, maps, _, _ = prius_2d(golden, file, torch.float64)
+        mean = sk.reference.window_mean(maps[0].detach(), soft.normal_kernel, official=True)
+        torch.testing.assert_close(mean, data["u_agg"].double(), rtol=0, atol=2**-23)
+        torch.testing.assert_close(
+            sk.reference.window_max(data["g"], soft.normal_kernel), data["g_agg"], rtol=0, atol=0
+        )
+        for name, alpha in (("sig_a10", 10.0), ("sig_a100", 100.0)):
+            got = sk.reference.soft_indicator(data["sig_x"], alpha)
+            torch.testing.assert_close(got, data[name], rtol=GOLDEN_FLOAT32, atol=0)
+        # The penalty of the published losses is the identity; they never use the other one.
+        assert torch.equal(data["pen_id"], data["sig_x"])
+        torch.testing.assert_close(data["pen_exp"], data["sig_x"].exp())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_prius_3d_noise_losses(golden, way):
+    namespace, dtype = WAYS[way]
+    data = golden("12_prius3d_losses_0")
+    distance = data["d"].unsqueeze(1)
+    torch.testing.assert_close(data["d"].double().square(), data["d2"].double(), rtol=1e-6, atol=0)
+    options = {"near": data["threshold"], "compat": "official"}
+    maps = noise_maps(data, ("u0", "u1", "u2"), dtype)
+    # A pair of maps at levels a and b is a clean map and one at level b - a.
+    for name, first in (("s01", 0), ("s12", 1), ("s12rev", 1)):
+        a, b = data[f"sigma_{name}"].tolist()
+        before, after = maps[first : first + 2]
+        loss = namespace.noise_uncertainty_loss(before, [after], [b - a], distance, weights=(1, 0, 0), **options)
+        gradients = torch.autograd.grad(loss, (before, after))
+        for width in (32, 64):
+            assert relative(loss, data[f"nusigma_{name}_{width}"]) < GOLDEN_FLOAT32
+        stored = data[f"nusigma_{name}_grad_ub"]
+        assert gradient_error(gradients[1], stored) < GOLDEN_GRADIENT
+        assert gradient_error(gradients[0], -stored) < GOLDEN_GRADIENT
+
+    loss = namespace.noise_uncertainty_loss(
+        maps[0], maps[1:], (1.0, 2.0), distance, weights=(0, 0, 1), near=data["threshold"]
+    )
+    assert relative(loss, data["far_loss64"]) < GOLDEN_FLOAT32
+    far = distance > data["threshold"]
+    assert int(far.sum()) == data["far_count"]
+    for gradient in torch.autograd.grad(loss, maps):
+        torch.testing.assert_close(gradient, far / far.sum().to(dtype), rtol=1e-6, atol=0)
+
+    loss = sk.reference.prius_distance_loss(maps[0], data["d"], data["nud_idx"])
+    (gradient,) = torch.autograd.grad(loss, maps[0])
+    for width in (32, 64):
+        assert relative(loss, data[f"nud_loss{width}"]) < GOLDEN_FLOAT32
+    assert gradient_error(gradient, data["nud_grad"]) < GOLDEN_FLOAT32
+
+
+def test_published_noise_fields(golden):
+    """The same seed gives the published fields, which the programs share between images."""
+    data = golden("13_noise")
+
+    def field(mean, std, seed, shape=(1, 1, 40, 36)):
+        generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+        return sk.add_gaussian_noise(torch.zeros(shape), mean=mean, std=std, generator=generator)[0, 0]
+
+    for mean in (0.1, 0.9):
+        torch.testing.assert_close(field(mean, 0.3, 1), data[f"sure_field_mu{mean}"], rtol=0, atol=2**-22)
+    for std in (10, 40):
+        assert torch.equal(field(0.0, std, 1), data[f"prius2d_field_s{std}"])
+    assert torch.equal(field(0.0, 1.0, 9), data["prius3d_unit_field"])
+
+    # Patches: one field of a patch's size for each of the two levels, drawn one after the other.
+    n, p, _ = data["patch_index"].shape
+    generator = torch.Generator().manual_seed(data["patch_seed"])
+    for level in (1, 2):
+        noise = field(float(data["patch_mu"][level - 1]), 0.3, generator, (1, 1, 3, 3)).reshape(9)
+        for ops in (patches_reference, patches_closed_form):
+            got = ops.add_patches(data["img"], data["patch_index"], noise.expand(n, 1, p, 9), 3)
+            # The stored noise is the difference of two float32 images.
+            torch.testing.assert_close(got - data["img"], data[f"patch_delta{level}"], rtol=0, atol=1e-6)
+
+
+def test_published_patches_are_where_ours_may_be(golden):
+    """Centres that the published sampler chose: hard, of their class, near if background, apart, inside."""
+    data = golden("13_noise")
+    centres, (n, h, w) = data["patch_index"], data["labels"].shape
+    at = (torch.arange(n)[:, None], *centres.unbind(-1))
+    torch.testing.assert_close(data["d"][at].float(), data["patch_d"], rtol=0, atol=0)
+    assert torch.equal(data["labels"][at], torch.arange(4).repeat_interleave(3).expand(n, 12))
+    hard, distance = data["umask"], data["d"]
+    assert bool(hard[at].all())
+    # With priorities that prefer the published centres, ours are the same.
+    priority = torch.full((n, h, w), 0.5)
+    priority[at] = torch.linspace(1.0, 0.9, 12)
+    candidates = hard & ((data["labels"] != 0) | (distance <= 4))
+    assert torch.equal(patches_closed_form.patch_centres(priority, data["labels"], candidates, 4, 3, 3), centres)
+
+
+def test_published_normalisation_around_the_noise(golden):
+    """PriUS normalises after adding noise. That is data preparation, here MONAI's; the noise is ours."""
+    data = golden("13_noise")
+    raw = data["raw"]
+
+    def noisy(std, seed):
+        field = torch.zeros(1, *raw.shape[1:])
+        generator = torch.Generator().manual_seed(seed)
+        return raw + sk.add_gaussian_noise(field, mean=0.0, std=std, generator=generator)
+
+    def check(images, expected, *transforms):
+        transform = Compose(transforms)
+        got = torch.stack([torch.as_tensor(transform(image)) for image in images])
+        torch.testing.assert_close(got, expected, rtol=0, atol=GOLDEN_FLOAT32)
+
+    for name, std in (("maxmin", 0), ("noisy_s10", 10), ("noisy_s40", 40)):
+        check(noisy(std, 1), data[f"prius2d_{name}"], ScaleIntensity(0.0, 1.0))
+    check(raw, data["prius_zscore"], ClipIntensityPercentiles(0.5, 99.5), NormalizeIntensity())
+    low, high, mean, std = data["data_stats"].tolist()
+    normalise = NormalizeIntensity(mean, std)
+    check(raw.clamp(low, high), data["prius_zscore_stats"], normalise)
+    for level in (1, 2):
+        noise_std = 5 * float(data["prius3d_sigma"][level - 1])
+        check(noisy(noise_std, 9).clamp(low, high), data[f"prius3d_noisy{level}"], normalise)

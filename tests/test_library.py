@@ -26,8 +26,13 @@ def test_public_surface():
         "EvidentialLoss",
         "EvidentialTerms",
         "GradientMagnitude",
+        "NoisePatches",
+        "NoiseTerms",
+        "NoiseUncertaintyLoss",
         "SURELoss",
+        "SoftThresholds",
         "SupervisedTerms",
+        "add_gaussian_noise",
         "backend",
         "backends",
         "boundary_band",
@@ -38,9 +43,12 @@ def test_public_surface():
         "get_backend",
         "gradient_magnitude",
         "gradient_uncertainty_loss",
+        "hard_sample_mask",
         "metrics",
+        "noise_uncertainty_loss",
         "pairwise_ranking_loss",
         "reference",
+        "sample_noise_patches",
         "set_backend",
         "supervised_evidential_loss",
     ]
@@ -211,6 +219,19 @@ def _supervised(z, y, x, **options):
     return sk.supervised_evidential_loss(z, y, x, near=1.0, far=1.5, gradient_weight=20.0, **options)
 
 
+SOFT = sk.SoftThresholds(d_g=1.0, d_f=1.5, d_n=1.0, d_eps=0.1, alpha=3.0)
+
+
+def _neighbours(z):
+    """Pairs within an image."""
+    return torch.arange(z[:, 0].numel()).view(-1, 2)
+
+
+def _noise(z, y, x, **options):
+    maps = z.split(1, 1)
+    return sk.noise_uncertainty_loss(maps[0], maps[1:], (0.3, 0.8), x.abs(), mask=y != -100, **options)
+
+
 LOSSES = {
     "evidential": lambda z, y, x, **group: sk.evidential_loss(z, y, **group),
     "supervised": _supervised,
@@ -218,6 +239,14 @@ LOSSES = {
     "ranking": lambda z, y, x, **group: sk.pairwise_ranking_loss(z[:, :1], x, mask=y != -100, **group),
     "covariance": lambda z, y, x, **group: sk.pairwise_ranking_loss(
         z[:, :1], x, mask=y != -100, groups=y, method="covariance", **group
+    ),
+    "noise": lambda z, y, x, **group: _noise(z, y, x, near=1.0, **group),
+    "noise at points": lambda z, y, x, **group: _noise(
+        z, y, x, points=torch.tensor([[0, 1], [2, 3], [4, 4], [5, 6]]).expand(len(z), -1, -1), **group
+    ),
+    "soft noise": lambda z, y, x, **group: _noise(z, y, x, soft=SOFT, pairs=_neighbours(z), **group),
+    "soft gradient": lambda z, y, x, **group: sk.gradient_uncertainty_loss(
+        z[:, :1], x, x.abs(), mask=y != -100, soft=SOFT, pairs=_neighbours(z), **group
     ),
 }
 

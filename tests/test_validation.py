@@ -22,6 +22,14 @@ def supervised(image=X, **options):
     return sk.supervised_evidential_loss(Z, Y, image, **options)
 
 
+def noise(clean=X, noisy=(X, X), levels=(0.3, 0.7), distance=X, **options):
+    return sk.noise_uncertainty_loss(clean, noisy, levels, distance, **options)
+
+
+def patches(image=X, target=Y, distance=X, hard=X, **options):
+    return sk.sample_noise_patches(image, target, distance, hard, **options)
+
+
 def uncertainty(logits=Z, **options):
     return sk.dirichlet_uncertainty(logits, **options)
 
@@ -129,6 +137,123 @@ BAD = {
         r"distance: expected shape \(2, 1, 4, 5\) like uncertainty",
     ),
     "integer gradient": (lambda: sk.gradient_uncertainty_loss(X, Y, X), TypeError, r"gradient: expected a floating"),
+    "noisy single": (lambda: noise(noisy=X.bool()), TypeError, r"noisy\[0\]: expected float32"),
+    "noisy number": (lambda: noise(noisy=1.0), TypeError, r"noisy: expected a sequence of maps, got float"),
+    "noisy none": (lambda: noise(noisy=[], levels=[]), ValueError, r"noisy: expected one or more maps, got none"),
+    "noisy shape": (
+        lambda: noise(noisy=[X, X[:1]]),
+        ValueError,
+        r"noisy\[1\]: expected shape \(2, 1, 4, 5\) like clean",
+    ),
+    "noisy dtype": (lambda: noise(noisy=[X, X.double()]), TypeError, r"noisy\[1\]: expected torch.float32 like clean"),
+    "clean channels": (lambda: noise(Z), ValueError, r"clean: expected shape \(N, 1, \*spatial\), got \(2, 3, 4, 5\)"),
+    "levels number": (lambda: noise(levels=0.3), TypeError, r"levels: expected a sequence of numbers"),
+    "levels few": (lambda: noise(levels=[0.3]), ValueError, r"levels: expected 2 numbers, one per noisy map, got 1"),
+    "levels words": (lambda: noise(levels=["a", "b"]), TypeError, r"levels\[0\]: expected a number, got str"),
+    "levels NaN": (lambda: noise(levels=[0.3, math.nan]), ValueError, r"levels\[1\]: expected a finite number"),
+    "levels shape": (
+        lambda: noise(levels=torch.zeros(2, 3)),
+        ValueError,
+        r"levels\[0\]: expected a number or shape \(2,\)",
+    ),
+    "levels infinite": (lambda: noise(levels=torch.tensor([0, math.inf])), ValueError, r"levels\[1\]: expected finite"),
+    "noise distance shape": (lambda: noise(distance=X[:1]), ValueError, r"distance: expected shape \(2, 1, 4, 5\)"),
+    "noise distance integer": (lambda: noise(distance=Y), TypeError, r"distance: expected a floating-point map"),
+    "noise mask": (lambda: noise(mask=Y + 2), ValueError, r"mask: expected only 0 and 1"),
+    "noise groups": (lambda: noise(groups=X), TypeError, r"groups: expected an integer dtype"),
+    "points float": (lambda: noise(points=torch.zeros(2, 1, 2)), TypeError, r"points: expected integer coordinates"),
+    "points axes": (
+        lambda: noise(points=torch.zeros((2, 1, 3), dtype=torch.long)),
+        ValueError,
+        r"points: expected shape \(2, 'P', 2\), got \(2, 1, 3\)",
+    ),
+    "points outside": (
+        lambda: noise(points=torch.tensor([[[0, 0], [1, 5]], [[0, 0], [-1, -1]]])),
+        ValueError,
+        r"points: expected coordinates in \[0, 4\] along axis 1, or -1, got -1 to 5",
+    ),
+    "near": (lambda: noise(near=-1.0), ValueError, r"near: expected a finite number"),
+    "weights few": (lambda: noise(weights=(1, 1)), ValueError, r"weights: expected 3 numbers, one per term, got 2"),
+    "weights negative": (lambda: noise(weights=(1, -1, 1)), ValueError, r"weights: expected a finite number"),
+    "pairs without soft": (lambda: noise(pairs=Y), ValueError, r"pairs: expected None without soft"),
+    "soft no thresholds": (lambda: noise(soft=True), TypeError, r"soft: expected SoftThresholds, got bool"),
+    "soft alpha": (lambda: noise(soft=sk.SoftThresholds(alpha=0.0)), ValueError, r"soft.alpha: expected .* above 0"),
+    "soft window": (
+        lambda: noise(soft=sk.SoftThresholds(patch_kernel=4)),
+        ValueError,
+        r"soft.patch_kernel: expected an odd number, got 4",
+    ),
+    "soft points": (
+        lambda: noise(soft=sk.SoftThresholds(), points=torch.zeros((2, 1, 2), dtype=torch.long)),
+        ValueError,
+        r"points: expected None with soft",
+    ),
+    "soft pairs float": (lambda: noise(soft=sk.SoftThresholds(), pairs=X), TypeError, r"pairs: expected integers"),
+    "soft pairs shape": (
+        lambda: noise(soft=sk.SoftThresholds(), pairs=Y),
+        ValueError,
+        r"pairs: expected shape \(P, 2\)",
+    ),
+    "soft pairs outside": (
+        lambda: noise(soft=sk.SoftThresholds(), pairs=torch.tensor([[0, 40]])),
+        ValueError,
+        r"pairs: expected positions in \[0, 39\], got 0 to 40",
+    ),
+    "soft num_pairs": (
+        lambda: noise(soft=sk.SoftThresholds(), num_pairs=0),
+        ValueError,
+        r"num_pairs: expected at least 1",
+    ),
+    "soft generator": (
+        lambda: noise(soft=sk.SoftThresholds(), generator=0),
+        TypeError,
+        r"generator: expected a torch.Gen",
+    ),
+    "patch even": (
+        lambda: patches(patch_size=2),
+        ValueError,
+        r"patch_size: expected an odd number of at most 4, got 2",
+    ),
+    "patch large": (
+        lambda: patches(patch_size=5),
+        ValueError,
+        r"patch_size: expected an odd number of at most 4, got 5",
+    ),
+    "patch float": (lambda: patches(patch_size=3.0), TypeError, r"patch_size: expected an int, got float"),
+    "patches none": (
+        lambda: patches(patches_per_class=0),
+        ValueError,
+        r"patches_per_class: expected at least 1, got 0",
+    ),
+    "mean_range order": (
+        lambda: patches(mean_range=(1, 0)),
+        ValueError,
+        r"mean_range: expected two finite numbers in order",
+    ),
+    "mean_range one": (lambda: patches(mean_range=(1, 0, 2)), ValueError, r"mean_range: expected 2 numbers"),
+    "std": (lambda: patches(std=-0.1), ValueError, r"std: expected a finite number"),
+    "patches of a gradient": (
+        lambda: patches(X.clone().requires_grad_()),
+        ValueError,
+        r"image: requires a gradient",
+    ),
+    "patches target": (lambda: patches(target=X), TypeError, r"target: expected integer labels of shape \(2, 4, 5\)"),
+    "patches label": (
+        lambda: patches(target=Y - 1),
+        ValueError,
+        r"target: expected labels from 0 or ignore_index=-100",
+    ),
+    "patches classes": (
+        lambda: patches(target=Y + 2, num_classes=2),
+        ValueError,
+        r"target: expected labels in \[0, 1\]",
+    ),
+    "hard": (lambda: patches(hard=X + 0.5), ValueError, r"hard: expected only 0 and 1"),
+    "hard none": (lambda: patches(hard=None), TypeError, r"hard: expected a torch.Tensor, got None"),
+    "hard shape": (lambda: patches(hard=X[:1]), ValueError, r"hard: expected shape \(2, 1, 4, 5\) like image"),
+    "patches generator": (lambda: patches(generator=3), TypeError, r"generator: expected a torch.Generator, got int"),
+    "noise std": (lambda: sk.add_gaussian_noise(X, std=-1.0), ValueError, r"std: expected a finite number"),
+    "hard shapes": (lambda: sk.hard_sample_mask(X, X[:1]), ValueError, r"noised: expected shape \(2, 1, 4, 5\)"),
     "backend": (lambda: sk.set_backend("cuda"), ValueError, r"backend: expected one of auto, triton"),
     "epoch": (lambda: sk.SURELoss().set_epoch(-1), ValueError, r"epoch: expected a finite number"),
 }

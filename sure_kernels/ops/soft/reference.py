@@ -84,7 +84,7 @@ def window_mean(x: Tensor, size: int, counted: Tensor | None = None, official: b
     pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
     ones = torch.ones_like(x) if counted is None else counted.to(x.dtype)
     x = x if counted is None else torch.where(counted, x, 0.0)
-    mean, share = (pool(y, size, stride=1, padding=size // 2) for y in (x, ones))
+    mean, share = (pool(_padded(y, size, 0.0), size, stride=1) for y in (x, ones))
     return mean if official else mean / torch.where(share > 0, share, 1.0)
 
 
@@ -92,7 +92,12 @@ def window_max(x: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
     """Maximum of the counted voxels in a window of width `size`."""
     pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
     x = x if counted is None else torch.where(counted, x, -torch.inf)
-    return pool(x, size, stride=1, padding=size // 2)
+    return pool(_padded(x, size, -torch.inf), size, stride=1)
+
+
+def _padded(x: Tensor, size: int, value: float) -> Tensor:
+    """`x` with half a window of `value` around it; pooling's own padding refuses images smaller than the window."""
+    return F.pad(x, [size // 2] * (2 * (x.ndim - 2)), value=value)
 
 
 def _negligible(weight: Tensor, official: bool) -> Tensor:
