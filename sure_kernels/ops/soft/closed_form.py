@@ -59,7 +59,8 @@ def _step(u: Tensor, i: Tensor, j: Tensor, ratio: Tensor) -> Tensor:
 
 def pair_sums(u: Tensor, pairs: Tensor, slopes: Tensor, ratio: Tensor, factors: Sequence[float]) -> Tensor:
     """(S,) float64: sum over active pairs of each slope times u_i - b u_j; `u` is flat."""
-    step = _step(u, *pairs.unbind(1), ratio)
+    i, j = pairs.unbind(1)
+    step = _step(u, i, j, ratio)
     a = _slope(slopes, factors)
     # A NaN counts, where the pair does.
     step = torch.where((a != 0) & ~(a * step <= 0), step, 0.0)
