@@ -1267,6 +1267,14 @@ def sample_noise_patches(
     is then filled with patches anywhere. Where even that finds no room, the centre is -1: never an error, never a
     longer search. Each patch, voxel and channel has noise of its own, and so have the two images.
 
+    A step of active noise, with u(image) the uncertainty that a network gives:
+
+        with torch.no_grad():
+            hard = hard_sample_mask(u(image), u(add_gaussian_noise(image)))
+        noise = sample_noise_patches(image, target, distance, hard, num_classes=K)
+        noisy = [u(x) for x in noise.images]
+        loss = noise_uncertainty_loss(u(image), noisy, noise.means, distance, points=noise.centres)
+
     Args:
         image: (N, M, *spatial), floating point. Left as it is.
         target: index map (N, *spatial) or (N, 1, *spatial), or one-hot (N, K, *spatial) where `num_classes` is K.
