@@ -978,8 +978,8 @@ def noise_uncertainty_loss(
         soft: PriUS's sigmoid form (arXiv 2605.10984) in place of `near`: L_mu over means in windows of `patch_kernel`
             voxels, each map with its (detached) predecessor, voxels weighted; L_d and L_far in one hinge over random
             pairs of voxels of one group, the mean over all maps. Its two terms are the shares of the slopes; they
-            depend on weights[1] and weights[2] also through the hinge. Needs no Triton kernel and has none. All pairs
-            can be handed in for small maps: the hinge couples u, d and the weights, so that no sum over all of them in
+            depend on weights[1] and weights[2] also through the hinge. It has no Triton kernels. All pairs can be
+            handed in for small maps; the hinge couples u, d and the weights, so that no sum over all of them in
             O(n log n) is known, while the form without `soft` has one.
         groups: integers (N, 1, *spatial) or (N, *spatial), the label: L_d compares voxels within a group alone.
         mask: voxels that count.
@@ -1336,7 +1336,9 @@ def _classes_of(target: Tensor, image: Tensor, num_classes: int | None, ignore_i
     """Labels (N, *spatial) and the number of classes."""
     n, _, *spatial = image.shape
     if num_classes is not None:
-        k = _positive_int(num_classes, "num_classes")
+        k = check.check_int(num_classes, "num_classes")
+        if k < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {k}")
         like = image[:, :1].detach().expand(n, k, *spatial)
         return check.check_target(target, like, ignore_index, owner="image"), k
     labels = points.match(target, "target", image[:, :1], "image").view(n, *spatial)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tolerances import FLOAT32_GRADIENT, FLOAT32_VALUE, FLOAT64_GRADIENT, FLOAT64_VALUE
 
 import sure_kernels as sk
+from sure_kernels.ops.noise import closed_form
 from sure_kernels.ops.noise import op as noise_op
 from sure_kernels.ops.noise_patches import closed_form as patches
 from sure_kernels.ops.noise_patches import op as patches_op
@@ -684,6 +685,32 @@ class TestPatches:
         centres = patches_op.patch_centres(*given)
         image, noise = torch.rand((2, 3, 7, 8), generator=g), torch.rand((2, 3, 6, 9), generator=g)
         torch.library.opcheck(patches_op.add_patches, (image, centres, noise, 3))
+
+
+def test_nothing_waits_for_the_device():
+    """On tensors without values, as a GPU's are to the host, whatever looks at one raises."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with pytest.raises(RuntimeError):
+        bool(empty(1))
+    maps, levels, mask = [empty(2, 48) for _ in range(3)], empty(3, 2), empty(2, 48, dtype=torch.bool)
+    given = maps, levels, empty(2, 48), mask
+    terms = closed_form.Terms(4.0, True, True)
+    found = closed_form.finalise(closed_form.sums(*given, terms), 1.0, 1.0, None)
+    closed_form.gradient(*given, found.coefficients, terms, True, True)
+
+    like = empty(2, 1, 6, 8)
+    pairs = soft_op.draw_pairs(like, mask, 5, None, across=False)
+    assert pairs.shape == (10, 2)
+    options = {"groups": mask, "counted": mask.view_as(like), "official": False, "relation": "decreasing"}
+    soft_op.soft_gradient_loss(like, like, like, pairs, SOFT, process_group=None, **options)
+
+    labels = empty(2, 6, 8, dtype=torch.long)
+    centres = patches.patch_centres(empty(2, 6, 8), labels, labels > 0, 3, 2, 3)
+    assert centres.shape == (2, 6, 2)
+    patches.add_patches(like, centres, empty(2, 1, 6, 9), 3)
 
 
 def test_whole_image_noise_finds_hard_samples():

@@ -248,6 +248,7 @@ BAD = {
         ValueError,
         r"target: expected labels in \[0, 1\]",
     ),
+    "patches one class": (lambda: patches(num_classes=1), ValueError, r"num_classes: expected at least 2, got 1"),
     "hard": (lambda: patches(hard=X + 0.5), ValueError, r"hard: expected only 0 and 1"),
     "hard none": (lambda: patches(hard=None), TypeError, r"hard: expected a torch.Tensor, got None"),
     "hard shape": (lambda: patches(hard=X[:1]), ValueError, r"hard: expected shape \(2, 1, 4, 5\) like image"),

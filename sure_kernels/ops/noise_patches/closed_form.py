@@ -24,8 +24,12 @@ def _window(radius: int, ndim: int, device: torch.device) -> Tensor:
 
 
 def _coordinates(index: Tensor, shape: Sequence[int]) -> Tensor:
-    """Coordinates (..., ndim) of flat positions."""
-    return torch.stack(torch.unravel_index(index, tuple(shape)), -1)
+    """Coordinates (..., ndim) of flat positions; torch.unravel_index copies the shape to the device, and waits."""
+    found: list[Tensor] = []
+    for size in reversed(shape):
+        found.insert(0, index % size)
+        index = index // size
+    return torch.stack(found, -1)
 
 
 def _around(centres: Tensor, window: Tensor, shape: Sequence[int]) -> Tensor:

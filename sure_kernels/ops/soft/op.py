@@ -83,24 +83,12 @@ def soft_gradient_loss(
     pairs: Tensor,
     thresholds: SoftThresholds,
     *,
-    groups: Tensor | None,
-    counted: Tensor | None,
-    relation: str,
-    official: bool,
     process_group: Any | None,
+    **options: Any,
 ) -> Tensor:
-    size = thresholds.normal_kernel
-    terms = reference.gradient_pairs(
-        reference.window_max(g.to(u.dtype), size, counted),
-        distance,
-        pairs,
-        thresholds,
-        groups=groups,
-        counted=counted,
-        relation=relation,
-        official=official,
-    )
-    return pair_loss(WindowMeanFunction.apply(u, size, counted, official), pairs, terms, (1.0,), process_group)[0]
+    terms = reference.gradient_pairs(g.to(u.dtype), distance, pairs, thresholds, **options)
+    u = WindowMeanFunction.apply(u, thresholds.normal_kernel, options["counted"], options["official"])
+    return pair_loss(u, pairs, terms, (1.0,), process_group)[0]
 
 
 def soft_noise_loss(

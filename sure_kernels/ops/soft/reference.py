@@ -21,7 +21,7 @@ Maps are (N, 1, *spatial), pairs (P, 2) of positions in a map flattened with its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,8 +136,9 @@ def gradient_pairs(
     relation: str = "decreasing",
     official: bool = False,
 ) -> PairTerms:
-    """The pairs of the gradient loss; `g` is already the maximum over windows."""
+    """The pairs of the gradient loss."""
     i, j = pairs.unbind(1)
+    g = window_max(g, thresholds.normal_kernel, counted)
     w = boundary_weight(torch.maximum(_at(distance, i), _at(distance, j)), thresholds)
     w = torch.where(_same(pairs, groups, counted), _negligible(w, official), 0.0)
     sign = 1.0 if relation == "decreasing" else -1.0
@@ -200,18 +201,10 @@ def soft_gradient_loss(
     process_group: object | None = None,
 ) -> Tensor:
     """The gradient loss of maps u, g, distance, groups and counted (N, 1, *spatial)."""
-    size = thresholds.normal_kernel
-    terms = gradient_pairs(
-        window_max(g.to(u.dtype), size, counted),
-        distance.to(u.dtype),
-        pairs,
-        thresholds,
-        groups=groups,
-        counted=counted,
-        relation=relation,
-        official=official,
-    )
-    return pair_loss(window_mean(u, size, counted, official), pairs, terms, (1.0,), process_group)[0]
+    options: dict[str, Any] = {"groups": groups, "counted": counted, "official": official}
+    terms = gradient_pairs(g.to(u.dtype), distance.to(u.dtype), pairs, thresholds, relation=relation, **options)
+    u = window_mean(u, thresholds.normal_kernel, counted, official)
+    return pair_loss(u, pairs, terms, (1.0,), process_group)[0]
 
 
 def soft_distance_loss(
