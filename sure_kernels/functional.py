@@ -998,9 +998,9 @@ def noise_uncertainty_loss(
     """
     maps = _noise_maps(clean, noisy)
     m = _noise_levels(levels, maps)
-    w = check.number_tuple(weights, "weights", 3, "term")
-    for value in w:
-        check.check_number(value, "weights")
+    if not isinstance(weights, (tuple, list)) or len(weights) != 3:
+        raise ValueError(f"weights: expected 3 numbers, of L_mu, L_d and L_far, got {weights!r}")
+    w = tuple(check.check_number(value, f"weights[{i}]") for i, value in enumerate(weights))
     wanted = return_terms or w[1] > 0
     if soft is None:
         _refuse_pairs(pairs)

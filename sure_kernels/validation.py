@@ -197,7 +197,9 @@ def check_number(
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     number = float(value)
     too_small = number <= minimum if exclusive else number < minimum
-    if math.isnan(number) or (math.isinf(number) and not infinite) or too_small:
+    # Comparisons alone, which torch.compile can trace for a number that changes from call to call; NaN fails them.
+    high_enough = number <= math.inf if infinite else number < math.inf
+    if not (number > -math.inf and high_enough) or too_small:
         bound = f"above {minimum:g}" if exclusive else f"of at least {minimum:g}"
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
     return number

@@ -162,6 +162,15 @@ def test_full_graph_compilation(op):
     torch.testing.assert_close(results[1], results[0])
 
 
+def test_a_weight_may_change_under_compilation():
+    """As schedules change it from epoch to epoch: the second value makes it a symbol, and no graph breaks."""
+    logits, target, _ = (x[1:] for x in joined_batch())
+    traced = torch.compile(sk.evidential_loss, fullgraph=True, backend="aot_eager")
+    for weight in (0.1, 0.2, 0.7):
+        expected = sk.evidential_loss(logits, target, kl_weight=weight)
+        torch.testing.assert_close(traced(logits, target, kl_weight=weight), expected)
+
+
 @pytest.mark.parametrize("op", [op for op in registry.OPS if op.differentiable], ids=lambda op: op.name)
 @pytest.mark.parametrize("upstream", ["scalar", "expanded", "stride 0", "transposed"])
 def test_upstream_gradients_of_any_stride(op, upstream):

@@ -120,6 +120,7 @@ class TestHard:
         weights=st.sampled_from([(1.0, 1.0, 1.0), (2.0, 0.0, 0.5), (0.0, 3.0, 0.0)]),
         seed=st.integers(0, 100),
     )
+    @settings(max_examples=30)
     def test_closed_form(self, shape, levels, masked, grouped, pointwise, official, ties, near, weights, seed):
         maps, m, distance, labels, mask = setting(shape, levels, seed, ties=ties)
         options = {
@@ -348,7 +349,7 @@ class TestSoft:
         kernels=st.sampled_from([(3, 5), (1, 1), (5, 3)]),
         seed=st.integers(0, 100),
     )
-    @settings(max_examples=30)
+    @settings(max_examples=25)
     def test_closed_form(self, shape, levels, masked, grouped, official, infinite, kernels, seed):
         maps, m, distance, labels, mask = setting(shape, levels, seed)
         if infinite:
@@ -526,6 +527,7 @@ class TestPatches:
         share=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
         seed=st.integers(0, 1000),
     )
+    @settings(max_examples=30)
     def test_all_at_once_is_one_by_one(self, dims, extra, images, classes, number, size, share, seed):
         g = torch.Generator().manual_seed(seed)
         shape = (images, *(size + e for e in extra[:dims]))
