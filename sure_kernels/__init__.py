@@ -32,8 +32,10 @@ from sure_kernels.modules import (
     DirichletUncertainty,
     EvidentialLoss,
     GradientMagnitude,
+    GradientUncertaintyLoss,
     NoiseUncertaintyLoss,
     SURELoss,
+    SURETerms,
 )
 
 __version__ = "0.1.0"
@@ -44,10 +46,12 @@ __all__ = [
     "EvidentialLoss",
     "EvidentialTerms",
     "GradientMagnitude",
+    "GradientUncertaintyLoss",
     "NoisePatches",
     "NoiseTerms",
     "NoiseUncertaintyLoss",
     "SURELoss",
+    "SURETerms",
     "SoftThresholds",
     "SupervisedTerms",
     "add_gaussian_noise",

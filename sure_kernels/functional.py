@@ -466,6 +466,7 @@ def supervised_evidential_loss(
     distance: Tensor | None = None,
     band: Tensor | None = None,
     supervision: str = "covariance",
+    within_class: bool = False,
     gradient_weight: float = 1.0,
     far_weight: float = 1.0,
     boundary: float = 1.0,
@@ -507,6 +508,7 @@ def supervised_evidential_loss(
         supervision: `covariance`, `correlation` (divided by std(u) as well), or `exact`: the pairwise ranking over all
             pairs of an image's boundary voxels, `gradient_uncertainty_loss`, in place of C. It reads the logits once
             more, keeps a float32 map for backward, and on a GPU makes the host wait once.
+        within_class: compare only voxels of one label; for `exact`.
         boundary, near, far: distances that define the band, in the unit of `spacing`.
         relation: `decreasing` penalises uncertainty that rises with the gradient, `increasing` the opposite.
         operator, spacing, padding_mode, channel_reduction: as `gradient_magnitude`; `spacing` also serves the
@@ -538,10 +540,12 @@ def supervised_evidential_loss(
         op="supervised_evidential_loss",
     )
     form = check.check_choice(supervision, "supervision", SUPERVISIONS)
+    if within_class and form != "exact":
+        raise ValueError(f"within_class: expected supervision='exact' with it, got {supervision!r}")
     options = Supervision(
         check.check_number(gradient_weight, "gradient_weight"),
         check.check_number(far_weight, "far_weight"),
-        form,
+        supervised_reference.WITHIN_CLASS if within_class else form,
         check.check_choice(relation, "relation", RELATIONS),
     )
     n, _, *spatial = common.logits.shape
@@ -668,6 +672,7 @@ def _reference_supervised(
         g.flatten(1),
         bands.flatten(1),
         counted.flatten(1),
+        common.target.flatten(1),
         supervision=options.form,
         relation=options.relation,
         process_group=process_group,

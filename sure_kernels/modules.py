@@ -6,13 +6,21 @@ Losses are called as MONAI and nnU-Net call theirs, `loss(input, target)`; whate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sure_kernels import functional, schedules
-from sure_kernels.validation import Numbers, check_choice, check_number
+from sure_kernels.kernel_lib.labels import counted_voxels
+from sure_kernels.validation import (
+    Numbers,
+    check_choice,
+    check_logits,
+    check_number,
+    check_target,
+    number_tuple,
+)
 
 
 class _Options(nn.Module):
@@ -109,6 +117,38 @@ class EvidentialLoss(_Options):
         return functional.evidential_loss(input, target, mask=mask, **self.options)
 
 
+class GradientUncertaintyLoss(_Options):
+    """`sure_kernels.gradient_uncertainty_loss` as a module; see there for the arguments.
+
+    forward(uncertainty, gradient, distance, *, mask=None, groups=None, pairs=None, generator=None) takes maps
+    (N, 1, *spatial).
+    """
+
+    def __init__(
+        self,
+        *,
+        max_distance: float = 1.0,
+        relation: str = "decreasing",
+        method: str = "exact",
+        num_pairs: int | None = None,
+        soft: functional.SoftThresholds | None = None,
+        process_group: Any | None = None,
+        compat: str | None = None,
+    ) -> None:
+        super().__init__(
+            max_distance=max_distance,
+            relation=relation,
+            method=method,
+            num_pairs=num_pairs,
+            soft=soft,
+            process_group=process_group,
+            compat=compat,
+        )
+
+    def forward(self, uncertainty: Tensor, gradient: Tensor, distance: Tensor, **maps: Any) -> Tensor:
+        return functional.gradient_uncertainty_loss(uncertainty, gradient, distance, **maps, **self.options)
+
+
 class NoiseUncertaintyLoss(_Options):
     """`sure_kernels.noise_uncertainty_loss` as a module; see there for the arguments.
 
@@ -164,31 +204,50 @@ class NoiseUncertaintyLoss(_Options):
         )
 
 
+class SURETerms(NamedTuple):
+    """Unweighted, detached terms of `SURELoss`: 0-d tensors, 0 where a term was not computed."""
+
+    ace: Tensor
+    kl: Tensor
+    dice: Tensor
+    gradient: Tensor
+    far: Tensor
+    mu: Tensor
+    d: Tensor
+
+
 class SURELoss(nn.Module):
     """The training objective of SURE: evidential segmentation loss and supervised uncertainty, with their schedules.
 
-        L = w_ace ACE + lambda(t) w_kl KL + w_dice (1 - Dice) + annealing(t) (beta L_gu + w_far F)
+        L = w_ace ACE + lambda(t) w_kl KL + w_dice (1 - Dice) + annealing(t) (beta L_gu + gamma L_nu)
 
     with lambda(t) = min(1, t / annealing_steps) and annealing(t) rising from 0.01 at epoch `good_model_step` to 1 at
-    `num_epochs`, 0 before. `set_epoch(t)` drives both; the epoch is part of the state_dict.
+    `num_epochs`, 0 before. `set_epoch(t)` drives both; the epoch is part of the state_dict. L_nu needs the network's
+    answers to noised images; in steps without them w_far F, the mean uncertainty far from every boundary, stands in
+    its place. (Li et al., MICCAI 2025; with `within_class` or `soft` its successor PriUS, arXiv 2605.10984.)
 
     Args:
         num_epochs, good_model_step, annealing_steps: T, t0 and the length of the KL ramp, in epochs. Defaults are the
             published ones (100, 30, 20).
-        gradient_weight: beta, the weight of the gradient-uncertainty term L_gu.
-        far_weight: weight of the mean uncertainty far from every boundary (F).
-        noise_weight: gamma, the weight of the noise-uncertainty loss. Only 0 for now.
+        gradient_weight: beta, the weight of the gradient-uncertainty loss L_gu.
+        far_weight: weight of F, in steps without noised logits.
+        noise_weight: gamma, the weight of the noise-uncertainty loss L_nu, in steps with them.
+        noise_weights: of L_mu, L_d and L_far within L_nu. beta, gamma and these are 1 for want of published values.
         supervision: form of L_gu: `covariance`, `correlation` or `exact`, the ranking of all pairs.
+        within_class: compare voxels only within a class (PriUS): those of L_gu, for supervision="exact", and of L_d.
+        soft: `SoftThresholds` for PriUS's sigmoid forms of L_gu and L_nu; `supervision` then does not apply.
         Everything else as `supervised_evidential_loss`, with the published weights 10, 1, 10 as defaults.
 
-    forward(input, target, *, image=None, gradient=None, distance=None, band=None, mask=None):
-        image (N, M, *spatial), or the gradient magnitude and band computed once, are needed from epoch
-        `good_model_step` on (before it, and where both weights are 0, they are not read). Returns a 0-d loss, with
-        `return_terms` also SupervisedTerms, unweighted and detached.
+    forward(input, target, *, image=None, gradient=None, distance=None, band=None, mask=None, noisy=None, levels=None,
+    points=None, generator=None):
+        image (N, M, *spatial), or the gradient magnitude computed once, is needed from epoch `good_model_step` on
+        (before it, and where beta and w_far are 0, it is not read). `noisy` is a sequence of logits for noised images,
+        `levels` and `points` are as in `noise_uncertainty_loss`. `generator` draws the pairs of the soft forms. Returns
+        a 0-d loss, with `return_terms` also SURETerms.
 
     Raises:
         ValueError: unless num_epochs > good_model_step, and as the functions it calls.
-        NotImplementedError: for noise_weight > 0 or noised logits.
+        TypeError: for noised logits without levels.
     """
 
     def __init__(
@@ -199,8 +258,11 @@ class SURELoss(nn.Module):
         annealing_steps: float = 20,
         gradient_weight: float = 1.0,
         far_weight: float = 1.0,
-        noise_weight: float = 0.0,
+        noise_weight: float = 1.0,
+        noise_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         supervision: str = "covariance",
+        within_class: bool = False,
+        soft: functional.SoftThresholds | None = None,
         ace_weight: float = 10.0,
         kl_weight: float = 1.0,
         dice_weight: float = 10.0,
@@ -228,15 +290,16 @@ class SURELoss(nn.Module):
         self.good_model_step = check_number(good_model_step, "good_model_step")
         self.annealing_steps = check_number(annealing_steps, "annealing_steps")
         schedules.supervision_weight(0, self.good_model_step, self.num_epochs)
-        if check_number(noise_weight, "noise_weight") > 0:
-            raise NotImplementedError(
-                f"noise_weight: the noise-uncertainty loss is not in this version yet; expected 0, got {noise_weight}"
-            )
         check_choice(supervision, "supervision", functional.SUPERVISIONS)
         self.kl_weight = check_number(kl_weight, "kl_weight")
         self.gradient_weight = check_number(gradient_weight, "gradient_weight")
         self.far_weight = check_number(far_weight, "far_weight")
+        self.noise_weight = check_number(noise_weight, "noise_weight")
+        self.noise_weights = number_tuple(noise_weights, "noise_weights", 3, "term")
+        self.within_class = bool(within_class)
+        self.soft = soft
         self.return_terms = return_terms
+        self.dirichlet_options: dict[str, Any] = {"evidence": evidence, "prior": prior, "measures": ("vacuity",)}
         self.evidential_options: dict[str, Any] = {
             "kind": kind,
             "evidence": evidence,
@@ -250,16 +313,20 @@ class SURELoss(nn.Module):
             "process_group": process_group,
             "compat": compat,
         }
-        self.supervision_options: dict[str, Any] = {
-            "supervision": supervision,
-            "boundary": boundary,
-            "near": near,
-            "far": far,
-            "relation": relation,
+        self.filter_options: dict[str, Any] = {
             "operator": operator,
             "spacing": spacing,
             "padding_mode": padding_mode,
             "channel_reduction": channel_reduction,
+        }
+        self.supervision_options: dict[str, Any] = {
+            "supervision": "covariance" if soft is not None else supervision,
+            "within_class": within_class and soft is None,
+            "boundary": boundary,
+            "near": near,
+            "far": far,
+            "relation": relation,
+            **self.filter_options,
         }
         self.epoch = 0.0
 
@@ -283,6 +350,15 @@ class SURELoss(nn.Module):
         """annealing(epoch)."""
         return schedules.supervision_weight(self.epoch, self.good_model_step, self.num_epochs)
 
+    @property
+    def wants_noise(self) -> bool:
+        """Whether noised logits would be used in this epoch: without, a caller need not compute them."""
+        return self.current_supervision_weight * self.noise_weight > 0 and max(self.noise_weights) > 0
+
+    def vacuity(self, logits: Tensor) -> Tensor:
+        """The uncertainty that is supervised: (N, K, *spatial) logits to (N, 1, *spatial)."""
+        return functional.dirichlet_uncertainty(logits, **self.dirichlet_options).vacuity
+
     def forward(
         self,
         input: Tensor,
@@ -293,35 +369,85 @@ class SURELoss(nn.Module):
         distance: Tensor | None = None,
         band: Tensor | None = None,
         mask: Tensor | None = None,
-        noisy: Any | None = None,
+        noisy: Sequence[Tensor] | None = None,
+        levels: Sequence[float | Tensor] | Tensor | None = None,
+        points: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Any:
-        if noisy is not None:
-            raise NotImplementedError("noisy: the noise-uncertainty loss is not in this version yet")
-        options = {**self.evidential_options, "kl_weight": self.current_kl_weight, "mask": mask}
+        if noisy is not None and levels is None:
+            raise TypeError(f"levels: expected {len(noisy)} numbers, one for each of the noised logits, got None")
         annealing = self.current_supervision_weight
-        beta, far = annealing * self.gradient_weight, annealing * self.far_weight
-        if beta == 0 and far == 0:
-            loss, terms = functional.evidential_loss(input, target, return_terms=True, **options)
-            none = torch.zeros_like(loss.detach())
-            supervised = functional.SupervisedTerms(terms.ace, terms.kl, terms.dice, none, none)
+        noised = noisy if self.wants_noise else None
+        beta, far = annealing * self.gradient_weight, annealing * self.far_weight if noised is None else 0.0
+        softly = beta > 0 and self.soft is not None
+        options: dict[str, Any] = {**self.evidential_options, "kl_weight": self.current_kl_weight, "mask": mask}
+        options["return_terms"] = True
+        fused = 0.0 if softly else beta
+        if fused == far == 0:
+            loss, terms = functional.evidential_loss(input, target, **options)
+            values = [*terms, *(torch.zeros_like(loss.detach()) for _ in range(4))]
         else:
-            loss, supervised = functional.supervised_evidential_loss(
-                input,
-                target,
-                image,
-                gradient=gradient,
-                distance=distance,
-                band=band,
-                gradient_weight=beta,
-                far_weight=far,
-                return_terms=True,
-                **self.supervision_options,
-                **options,
+            options |= {"gradient": gradient, "distance": distance, "band": band, **self.supervision_options}
+            loss, terms = functional.supervised_evidential_loss(
+                input, target, image, gradient_weight=fused, far_weight=far, **options
             )
-        return (loss, supervised) if self.return_terms else loss
+            values = [*terms, *(torch.zeros_like(loss.detach()) for _ in range(2))]
+
+        if noised is not None or softly:
+            labels = check_target(target, check_logits(input), self.evidential_options["ignore_index"])
+            clean = self.vacuity(input)
+            distance = self._distance(labels, clean) if distance is None else distance
+            shared = self._shared(labels, mask, generator)
+            if softly:
+                g = functional.gradient_magnitude(image, **self.filter_options) if gradient is None else gradient  # type: ignore[arg-type]  # checked there
+                relation = self.supervision_options["relation"]
+                ranking = functional.gradient_uncertainty_loss(clean, g, distance, relation=relation, **shared)
+                loss, values[3] = loss + beta * ranking, ranking.detach()
+            if noised is not None:
+                near = self.supervision_options["near"]
+                noise, (mu, d, far_term) = functional.noise_uncertainty_loss(
+                    clean,
+                    [self.vacuity(z) for z in noised],
+                    levels,  # type: ignore[arg-type]  # not None, see above
+                    distance,
+                    points=points,
+                    near=near,
+                    weights=self.noise_weights,
+                    return_terms=True,
+                    **shared,
+                )
+                loss, values[4:] = loss + annealing * self.noise_weight * noise, [far_term, mu, d]
+        return (loss, SURETerms(*values)) if self.return_terms else loss
+
+    def _distance(self, labels: Tensor, like: Tensor) -> Tensor:
+        """As far as any threshold reaches; the soft ones have no end."""
+        reach = max(self.supervision_options["near"], self.supervision_options["far"])
+        return functional.boundary_distance(
+            labels,
+            max_distance=reach if self.soft is None else None,
+            spacing=self.filter_options["spacing"],
+            spatial_dims=like.ndim - 2,
+            ignore_index=self.evidential_options["ignore_index"],
+        )
+
+    def _shared(self, labels: Tensor, mask: Tensor | None, generator: torch.Generator | None) -> dict[str, Any]:
+        """Arguments of both losses of uncertainty maps."""
+        counted = counted_voxels(labels, self.evidential_options["ignore_index"])
+        if mask is not None:
+            counted = counted & (mask.view(counted.shape) != 0)
+        grouped = self.within_class or self.soft is not None
+        return {
+            "soft": self.soft,
+            "groups": labels if grouped else None,
+            "mask": counted,
+            "generator": generator,
+            "process_group": self.evidential_options["process_group"],
+            "compat": self.evidential_options["compat"],
+        }
 
     def extra_repr(self) -> str:
         return (
             f"epoch={self.epoch:g}/{self.num_epochs:g}, good_model_step={self.good_model_step:g}, "
-            f"gradient_weight={self.gradient_weight:g}, far_weight={self.far_weight:g}"
+            f"gradient_weight={self.gradient_weight:g}, far_weight={self.far_weight:g}, "
+            f"noise_weight={self.noise_weight:g}"
         )

@@ -42,9 +42,9 @@ def test_terms_are_their_definition(supervision, relation):
 
 
 @pytest.mark.parametrize("relation", ["decreasing", "increasing"])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("cached", "within_class"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_exact_form_is_the_ranking_of_all_pairs(relation, cached, dtype):
+def test_the_exact_form_is_the_ranking_of_all_pairs(relation, cached, within_class, dtype):
     """Loss, terms and gradient against the parts put together by autograd."""
     logits, target, image = setting()
     target[0, 0, :4] = -100
@@ -54,13 +54,15 @@ def test_the_exact_form_is_the_ranking_of_all_pairs(relation, cached, dtype):
 
     def parts(z):
         u = sk.reference.dirichlet_uncertainty(z, prior=0.5).vacuity
-        ranking = sk.reference.gradient_uncertainty_loss(u, g, d, mask=counted, relation=relation)
+        groups = target[:, None] if within_class else None
+        ranking = sk.reference.gradient_uncertainty_loss(u, g, d, mask=counted, groups=groups, relation=relation)
         far = u[(d > 2.5) & counted].mean()
         loss = sk.reference.evidential_loss(z, target, prior=0.5, mask=mask)
         return loss + 7 * ranking + 3 * far, ranking, far
 
     def whole(z):
         options = {"supervision": "exact", "relation": relation, "prior": 0.5, "mask": mask, "near": 2.5, "far": 2.5}
+        options["within_class"] = within_class
         source = {"gradient": g.to(dtype)} if cached else {}
         loss, terms = sk.supervised_evidential_loss(
             z, target, image.to(dtype), gradient_weight=7, far_weight=3, return_terms=True, **options, **source
@@ -199,18 +201,105 @@ def test_sure_loss_follows_its_schedules():
     assert schedules.supervision_weight(50, 20, 50) == pytest.approx(1.0)
 
 
-def test_sure_loss_says_what_it_cannot_do():
+def noised(logits, seed=1):
+    """Two sets of logits for noised images, their levels, and points of which some are none."""
+    g = torch.Generator().manual_seed(seed)
+    noisy = [logits + torch.randn(logits.shape, generator=g, dtype=logits.dtype) for _ in range(2)]
+    points = torch.stack([torch.randint(0, s, (len(logits), 9), generator=g) for s in logits.shape[2:]], -1)
+    points[0, 0] = -1
+    return noisy, [0.3, 0.8], points
+
+
+@pytest.mark.parametrize("within_class", [False, True])
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_sure_loss_of_noised_images_is_its_parts(within_class, pointwise):
+    logits, target, image = setting()
+    noisy, levels, points = noised(logits)
+    points = points if pointwise else None
+    target[0, 0] = -100
+    mask = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)) < 0.9
+    options = {"supervision": "exact", "within_class": within_class, "near": 2.5, "far": 2.5}
+    loss = sk.SURELoss(
+        num_epochs=10, good_model_step=0, annealing_steps=0, gradient_weight=7.0, far_weight=50.0, noise_weight=3.0,
+        noise_weights=(1.0, 0.5, 2.0), return_terms=True, **options,
+    )  # fmt: skip
+    loss.set_epoch(10)
+    leaves = [z.clone().requires_grad_() for z in (logits, *noisy)]
+    got, terms = loss(leaves[0], target, image=image, mask=mask, noisy=leaves[1:], levels=levels, points=points)
+    grads = torch.autograd.grad(got, leaves)
+
+    u = [sk.reference.dirichlet_uncertainty(z).vacuity for z in leaves]
+    d = sk.boundary_distance(target, max_distance=2.5)
+    counted = (mask & (target != -100))[:, None]
+    shared = {"mask": counted, "groups": target[:, None] if within_class else None}
+    ranking = sk.reference.gradient_uncertainty_loss(u[0], sk.gradient_magnitude(image), d, **shared)
+    noise, parts = sk.reference.noise_uncertainty_loss(
+        u[0], u[1:], levels, d, points=points, near=2.5, weights=(1.0, 0.5, 2.0), return_terms=True, **shared
+    )
+    evidential = sk.reference.evidential_loss(leaves[0], target, mask=mask, ace_weight=10.0, dice_weight=10.0)
+    # F is part of L_far here: far_weight does not count.
+    expected = evidential + 7 * ranking + 3 * noise
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(terms.gradient, ranking.detach())
+    torch.testing.assert_close(torch.stack(terms[4:]), torch.stack((parts.far, parts.mu, parts.d)))
+    assert all(float(t) > 0 for t in terms)
+
+
+def test_soft_sure_loss_is_its_parts():
+    logits, target, image = setting()
+    noisy, levels, _ = noised(logits)
+    soft = sk.SoftThresholds(d_g=1.0, d_f=3.0, d_n=2.5, d_eps=1.0)
+    loss = sk.SURELoss(
+        num_epochs=10, good_model_step=0, annealing_steps=0, far_weight=0.0, soft=soft, spacing=(1.0, 2.0)
+    )
+    loss.set_epoch(10)
+    generator = torch.Generator().manual_seed(0)
+    got = loss(logits, target, image=image, noisy=noisy, levels=levels, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    u = [sk.dirichlet_uncertainty(z).vacuity for z in (logits, *noisy)]
+    d = sk.boundary_distance(target, spacing=(1.0, 2.0))
+    shared = {"groups": target, "soft": soft, "generator": generator}
+    g = sk.gradient_magnitude(image, spacing=(1.0, 2.0))
+    expected = sk.evidential_loss(logits, target, ace_weight=10.0, dice_weight=10.0)
+    expected = expected + sk.gradient_uncertainty_loss(u[0], g, d, **shared)
+    expected = expected + sk.noise_uncertainty_loss(u[0], u[1:], levels, d, **shared)
+    torch.testing.assert_close(got, expected)
+
+
+def test_noised_logits_wait_for_their_epoch():
+    logits, target, image = setting()
+    noisy, levels, points = noised(logits)
+    loss = sk.SURELoss()
+    assert not loss.wants_noise
+    torch.testing.assert_close(
+        loss(logits, target, image=image, noisy=noisy, levels=levels, points=points), loss(logits, target)
+    )
+    loss.set_epoch(30)
+    assert loss.wants_noise
+    assert not sk.SURELoss(noise_weight=0.0, good_model_step=0).wants_noise
+    one_hot = torch.nn.functional.one_hot(target, 3).movedim(-1, 1)
+    options = {"image": image, "noisy": noisy, "levels": levels, "points": points}
+    torch.testing.assert_close(loss(logits, one_hot, **options), loss(logits, target, **options))
+
+
+def test_sure_loss_says_what_is_wrong():
     with pytest.raises(ValueError, match="num_epochs: expected more than good_model_step"):
         sk.SURELoss(num_epochs=30, good_model_step=30)
-    with pytest.raises(NotImplementedError, match="noise_weight"):
-        sk.SURELoss(noise_weight=1.0)
+    with pytest.raises(ValueError, match="noise_weights: expected 3 numbers"):
+        sk.SURELoss(noise_weights=(1.0, 1.0))
     logits, target, image = setting()
-    with pytest.raises(NotImplementedError, match="noisy"):
-        sk.SURELoss()(logits, target, image=image, noisy=(logits, logits))
     late = sk.SURELoss()
     late.set_epoch(40)
     with pytest.raises(TypeError, match="image: expected"):
         late(logits, target)
+    with pytest.raises(TypeError, match="levels: expected 2 numbers"):
+        late(logits, target, image=image, noisy=[logits, logits])
+    with pytest.raises(ValueError, match="levels: expected 2 numbers"):
+        late(logits, target, image=image, noisy=[logits, logits], levels=[0.5])
+    with pytest.raises(ValueError, match="within_class: expected supervision='exact'"):
+        sk.supervised_evidential_loss(logits, target, image, within_class=True)
 
 
 def test_modules_are_the_functions():
@@ -221,4 +310,9 @@ def test_modules_are_the_functions():
     loss = sk.EvidentialLoss(kind="log", dice_weight=2.0)
     assert torch.equal(loss(logits, target), sk.evidential_loss(logits, target, kind="log", dice_weight=2.0))
     assert "kind='log'" in repr(loss)
+    u, d = sk.dirichlet_uncertainty(logits).vacuity, sk.boundary_distance(target)
+    g = sk.gradient_magnitude(image)
+    ranking = sk.GradientUncertaintyLoss(max_distance=2.0, relation="increasing")
+    expected = sk.gradient_uncertainty_loss(u, g, d, max_distance=2.0, relation="increasing", groups=target)
+    assert torch.equal(ranking(u, g, d, groups=target), expected)
     assert "good_model_step=30" in repr(sk.SURELoss())

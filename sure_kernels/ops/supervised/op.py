@@ -29,6 +29,7 @@ from sure_kernels.ops.gradient_magnitude.op import gradient_magnitude_forward
 from sure_kernels.ops.ranking.op import pairwise_ranking
 from sure_kernels.ops.supervised import closed_form
 from sure_kernels.ops.supervised.closed_form import Supervision
+from sure_kernels.ops.supervised.reference import WITHIN_CLASS
 
 
 class Filter(NamedTuple):
@@ -167,7 +168,7 @@ def _ranked(
     mask: Tensor | None,
     ignore_index: int,
     formula: Formula,
-    relation: str,
+    supervision: Supervision,
     filter_: Filter,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -178,8 +179,9 @@ def _ranked(
     on = (band == BOUNDARY) & counted_voxels(target, ignore_index)
     if mask is not None:
         on = on & mask
-    rows = (u.flatten(1), magnitude.flatten(1), on.flatten(1), None)
-    loss, slope = pairwise_ranking(*rows, relation, "exact", None, False, backend)
+    groups = target.flatten(1) if supervision.form == WITHIN_CLASS else None
+    rows = (u.flatten(1), magnitude.flatten(1), on.flatten(1), groups)
+    loss, slope = pairwise_ranking(*rows, supervision.relation, "exact", None, False, backend)
     return loss, slope.view(u.shape)
 
 
@@ -205,9 +207,9 @@ class SupervisedEvidentialLossFunction(torch.autograd.Function):
         process_group: Any | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        exact = supervision.form == "exact"
+        exact = supervision.form in ("exact", WITHIN_CLASS)
         if exact:
-            options = (formula, supervision.relation, filter_, backend)
+            options = (formula, supervision, filter_, backend)
             ranking, image = _ranked(logits, target, image, band, mask, ignore_index, *options)
             filter_, weight = filter_._replace(cached=True), supervision.gradient_weight
             supervision = supervision._replace(form="covariance", gradient_weight=0.0)

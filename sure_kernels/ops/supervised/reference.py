@@ -14,6 +14,9 @@ from sure_kernels.kernel_lib.distributed import all_reduced, global_sum
 from sure_kernels.kernel_lib.labels import BOUNDARY, FAR
 from sure_kernels.ops.ranking.reference import covariance, pairwise_ranking
 
+# The form of the supervision that is exact, over pairs of voxels of one label.
+WITHIN_CLASS = "exact within class"
+
 
 def covariance_supervision(
     u: Tensor, g: Tensor, selected: Tensor, *, relation: str = "decreasing", form: str = "covariance"
@@ -32,15 +35,17 @@ def supervision_terms(
     g: Tensor,
     band: Tensor,
     counted: Tensor,
+    labels: Tensor,
     *,
     supervision: str,
     relation: str,
     process_group: object | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(C or L_gu, F) of uncertainty u, gradient magnitude g and band, all (N, V), over `counted` voxels."""
+    """(C or L_gu, F) of uncertainty u, gradient magnitude g, band and labels, all (N, V), over `counted` voxels."""
     on = (band == BOUNDARY) & counted
-    if supervision == "exact":
-        c = pairwise_ranking(u, g, on, None, relation=relation, method="exact", process_group=process_group)
+    if supervision in ("exact", WITHIN_CLASS):
+        groups = labels if supervision == WITHIN_CLASS else None
+        c = pairwise_ranking(u, g, on, groups, relation=relation, method="exact", process_group=process_group)
     else:
         per_image = covariance_supervision(u, g, on, relation=relation, form=supervision)
         images = all_reduced(torch.tensor(float(len(u)), dtype=u.dtype, device=u.device), process_group)
