@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sure.config import TrainConfig, load_config
+from sure.config import TrainConfig, load_config, load_preset
 from sure.errors import UserError
 
 # Heavy imports wait until a command needs them: `sure --help` answers at once.
@@ -58,6 +58,7 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
         data: tyro.conf.Positional[DataRoot],
         /,
         out: Path,
+        preset: str | None = None,
         config: Path | None = None,
         resume: bool = False,
         skip_bad: bool = False,
@@ -71,7 +72,8 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
         Args:
             data: data set folder.
             out: run folder to create.
-            config: YAML file of the settings below; flags go before it.
+            preset: settings to start from: sure-acdc, sure-refuge, prius-acdc or prius-whs.
+            config: YAML file of the settings below; goes before the preset, flags go before it.
             resume: continue an interrupted run in `out`.
             skip_bad: train on the cases without faults instead of refusing the data set.
             device: auto, cpu, cuda, cuda:1, ...
@@ -241,10 +243,17 @@ def _usage(args: list[str]) -> int:
 
 
 def _settings(args: list[str]) -> TrainConfig:
-    """The defaults that flags change: those of --config where it is given."""
+    """The defaults that flags change: those of --config over those of --preset, where they are given."""
+    preset, config = (_value(args, name) for name in ("--preset", "--config"))
+    base = TrainConfig() if preset is None else load_preset(preset)
+    return base if config is None else load_config(Path(config), base)
+
+
+def _value(args: list[str], name: str) -> str | None:
+    """What follows the flag `name`."""
     for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            return load_config(Path(args[i + 1]))
-        if arg.startswith("--config="):
-            return load_config(Path(arg.split("=", 1)[1]))
-    return TrainConfig()
+        if arg == name and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{name}="):
+            return arg.split("=", 1)[1]
+    return None

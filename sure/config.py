@@ -14,6 +14,8 @@ import yaml
 
 from sure.errors import UserError
 
+_PRESETS = Path(__file__).parent / "presets"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -62,14 +64,35 @@ class TrainConfig:
     good_model_step: int | None = None
     """Epoch from which uncertainty is supervised (its weight then rises from 0.01 to 1); None: 30 % of all, as
     published."""
-    ranking: Literal["covariance", "correlation"] = "covariance"
-    """Form of the gradient supervision."""
+    ranking: Literal["covariance", "correlation", "exact"] = "covariance"
+    """Form of the gradient supervision: exact ranks all pairs of an image's boundary voxels."""
+    within_class: bool = False
+    """Compare voxels only within a class (PriUS); for the exact ranking."""
+    soft: Literal["off", "acdc", "isic"] = "off"
+    """PriUS's soft thresholds, with the distances of that configuration, in place of boundary, near and far."""
     relation: Literal["decreasing", "increasing"] = "decreasing"
     boundary: float = 1.0
     """Voxels at most this far from a boundary are on it."""
     near: float = 4.0
     far: float = 4.0
     """Voxels farther than this from every boundary should be certain."""
+    noise: Literal["off", "patches", "images"] = "off"
+    """Noised copies of each batch that supervise how uncertainty responds to noise: patches around voxels where it does
+    not rise (SURE; three more forward passes), or whole images (PriUS; two more)."""
+    noise_weight: float = 1.0
+    """gamma. Ours: the published value is not known."""
+    noise_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """Within it: of the rise with the level, of its fall with the distance, and far from every boundary. Ours."""
+    noise_means: tuple[float, ...] = (0.0, 1.0)
+    """Range of the noise's mean in patches, in standard deviations of the image."""
+    noise_std: float = 0.3
+    """Of the noise in patches; of whole images the largest, reached at 90 % of the epochs."""
+    noise_patch: int = 3
+    """Width of a patch: published 3 (ACDC) and 7 (REFUGE)."""
+    noise_patches: int = 3
+    """Patches for each class in an image."""
+    noise_statistics: Literal["frozen", "updated"] = "frozen"
+    """Whether noised images enter the running statistics of batch normalisation; updated: as published."""
 
     # Optimisation
     epochs: int = 100
@@ -140,6 +163,18 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
             yield f"{name}: expected 0 or more, got {getattr(c, name)}"
     if c.loss == "sure" and c.supervised_from >= c.epochs:
         yield f"good_model_step: expected less than epochs ({c.epochs}), got {c.good_model_step}"
+    if c.within_class and c.ranking != "exact":
+        yield f"within_class: expected ranking exact with it, got {c.ranking}"
+    if len(c.noise_weights) != 3:
+        yield f"noise_weights: expected 3 numbers, got {c.noise_weights}"
+    if len(c.noise_means) != 2 or c.noise_means[0] > c.noise_means[1]:
+        yield f"noise_means: expected 2 numbers in order, got {c.noise_means}"
+    if c.noise_patch < 1 or c.noise_patch % 2 == 0 or c.noise_patch > min(c.patch_size):
+        yield f"noise_patch: expected an odd number up to the patch size, got {c.noise_patch}"
+    if c.noise_patches < 1:
+        yield f"noise_patches: expected at least 1, got {c.noise_patches}"
+    if c.soft != "off" and c.noise == "patches":
+        yield "soft: expected noise off or images with soft thresholds, which weight all voxels, got patches"
     if not c.boundary <= c.near <= c.far:
         yield f"boundary, near, far: expected boundary <= near <= far, got {c.boundary:g}, {c.near:g}, {c.far:g}"
     step = 2 ** (len(c.channels) - 1)
@@ -175,8 +210,20 @@ def from_dict(values: dict[str, Any], *, source: str = "configuration") -> Train
     return TrainConfig(**{k: _coerce(v, hints[k], f"{source}: {k}") for k, v in values.items()})
 
 
-def load_config(path: Path) -> TrainConfig:
-    """Read a YAML file of TrainConfig fields; fields left out keep their defaults."""
+def presets() -> list[str]:
+    """Names of the settings that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _PRESETS.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> TrainConfig:
+    """The settings of a preset; comments in its file say which are published."""
+    if name not in presets():
+        raise UserError(f"preset: expected one of {', '.join(presets())}, got {name!r}")
+    return load_config(_PRESETS / f"{name}.yaml")
+
+
+def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
+    """Read a YAML file of TrainConfig fields; fields left out are those of `base`, or the defaults."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -185,7 +232,7 @@ def load_config(path: Path) -> TrainConfig:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-    return from_dict(values, source=str(path))
+    return from_dict({**({} if base is None else to_dict(base)), **values}, source=str(path))
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:

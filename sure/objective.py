@@ -1,6 +1,12 @@
-"""The training objective: logits, labels and image in; a loss and its terms out."""
+"""The training objective: logits, labels and image in; a loss and its terms out.
+
+Where the response to noise is supervised, the objective asks the network about noised copies of the batch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +16,17 @@ from torch import Tensor, nn
 import sure_kernels as sk
 from sure.config import TrainConfig
 from sure.data import IGNORE
+from sure_kernels import schedules
+
+Network = Callable[[Tensor], Tensor]
+
+SOFT = {
+    "off": None,
+    "acdc": sk.SoftThresholds(),
+    "isic": sk.SoftThresholds(d_g=5.0, d_f=24.0, d_n=8.0, d_eps=0.0),
+}
+# Share of the epochs after which whole images get their full noise (PriUS).
+FULL_NOISE = 0.9
 
 
 class DiceCE(nn.Module):
@@ -22,7 +39,9 @@ class DiceCE(nn.Module):
     def set_epoch(self, epoch: float) -> None:
         """The same in every epoch."""
 
-    def forward(self, logits: Tensor, label: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, logits: Tensor, label: Tensor, image: Tensor, noised: Network | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         target = label.long()
         counted = (target != IGNORE).to(logits.dtype)
         present = torch.where(target == IGNORE, 0, target)
@@ -39,14 +58,20 @@ class Evidential(nn.Module):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
+        self.config = config
         supervised = config.loss == "sure"
+        noised = supervised and config.noise != "off"
         self.loss = sk.SURELoss(
             num_epochs=config.epochs if supervised else config.supervised_from + 1,
             good_model_step=config.supervised_from,
             annealing_steps=config.kl_epochs,
             gradient_weight=config.gradient_weight if supervised else 0.0,
             far_weight=config.far_weight if supervised else 0.0,
+            noise_weight=config.noise_weight if noised else 0.0,
+            noise_weights=config.noise_weights,  # type: ignore[arg-type]  # three, as checked
             supervision=config.ranking,
+            within_class=config.within_class,
+            soft=SOFT[config.soft],
             ace_weight=config.ace_weight,
             kl_weight=config.kl_weight,
             dice_weight=config.dice_weight,
@@ -65,14 +90,67 @@ class Evidential(nn.Module):
     def set_epoch(self, epoch: float) -> None:
         self.loss.set_epoch(epoch)
 
-    def forward(self, logits: Tensor, label: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, terms = self.loss(logits, label, image=image)
+    def forward(
+        self, logits: Tensor, label: Tensor, image: Tensor, noised: Network | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if noised is None or not self.loss.wants_noise:
+            loss, terms = self.loss(logits, label, image=image)
+            return loss, terms._asdict()
+        reach = max(self.config.near, self.config.far) if self.config.soft == "off" else None
+        dims = image.ndim - 2
+        distance = sk.boundary_distance(label, max_distance=reach, spatial_dims=dims, ignore_index=IGNORE)
+        images, levels, points = self._noised_images(logits, label, image, distance, noised)
+        noisy = [noised(x) for x in images]
+        maps = {"image": image, "distance": distance, "points": points}
+        loss, terms = self.loss(logits, label, noisy=noisy, levels=levels, **maps)
         return loss, terms._asdict()
+
+    def _noised_images(
+        self, logits: Tensor, label: Tensor, image: Tensor, distance: Tensor, noised: Network
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Two noised copies of the images, their levels, and the voxels that were noised (None: all)."""
+        c = self.config
+        if c.noise == "images":
+            bound = c.noise_std * schedules.ramp(self.loss.epoch, c.supervised_from, FULL_NOISE * c.epochs)
+            low, high = sorted((bound * torch.rand(2)).tolist())
+            copies = [sk.add_gaussian_noise(image, mean=0.0, std=std) for std in (low, high)]
+            return copies, [image.new_tensor(low), image.new_tensor(high)], None
+        with torch.no_grad():
+            everywhere = noised(sk.add_gaussian_noise(image))
+            hard = sk.hard_sample_mask(self.loss.vacuity(logits), self.loss.vacuity(everywhere))
+        patches = sk.sample_noise_patches(
+            image,
+            label,
+            distance,
+            hard,
+            patch_size=c.noise_patch,
+            patches_per_class=c.noise_patches,
+            mean_range=c.noise_means,
+            std=c.noise_std,
+            near=c.near,
+            num_classes=logits.shape[1],
+            ignore_index=IGNORE,
+        )
+        return list(patches.images), list(patches.means), patches.centres
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation goes on with the batch's statistics, but leaves its running ones as they are."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def build_objective(config: TrainConfig) -> DiceCE | Evidential:
-    """The objective of `config`, called as objective(logits, label, image) -> (loss, terms).
+    """The objective of `config`, called as objective(logits, label, image, noised) -> (loss, terms).
 
-    Logits (N, K, *patch), label (N, 1, *patch) with IGNORE where a voxel does not count, image (N, M, *patch).
+    Logits (N, K, *patch), label (N, 1, *patch) with IGNORE where a voxel does not count, image (N, M, *patch); `noised`
+    is the network, for images that are not to enter its running statistics.
     """
     return DiceCE() if config.loss == "dice_ce" else Evidential(config)

@@ -50,7 +50,7 @@ from sure.errors import UserError
 from sure.files import write_text
 from sure.inference import infer
 from sure.models import build_model
-from sure.objective import build_objective
+from sure.objective import build_objective, frozen_statistics
 from sure_kernels.doctor import versions
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -250,10 +250,8 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for index, batch in enumerate(loader):
             image, label = (batch[k].to(self.device, non_blocking=True) for k in ("image", "label"))
-            with self._autocast():
-                logits = self.network(image)
             try:
-                loss, terms = self.objective(logits, label, image)
+                loss, terms = self.objective(self._logits(image), label, image, self._noised_logits)
             except ValueError as error:  # NaN logits are named by the loss itself
                 raise self._diverged(f"{error} in epoch {epoch}, batch {index}") from error
             if not bool(torch.isfinite(loss)):
@@ -276,9 +274,14 @@ class _Trainer:
         kept = f"the last good checkpoint is {latest}" if latest.is_file() else "no checkpoint was written"
         return UserError(f"training diverged: {what}; {kept}. A lower --lr or --clip often helps.")
 
-    def _autocast(self) -> Any:
+    def _logits(self, image: Tensor) -> Tensor:
         dtype = AMP_DTYPES.get(self.config.amp)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            return self.network(image)
+
+    def _noised_logits(self, image: Tensor) -> Tensor:
+        with frozen_statistics(self.model) if self.config.noise_statistics == "frozen" else nullcontext():
+            return self._logits(image)
 
     def _step(self) -> None:
         if self.config.clip is not None:

@@ -22,3 +22,10 @@ def supervision_weight(epoch: float, good_model_step: float, num_epochs: float) 
     if epoch < good_model_step:
         return 0.0
     return FLOOR * math.exp(-math.log(FLOOR) * (epoch - good_model_step) / (num_epochs - good_model_step))
+
+
+def ramp(epoch: float, start: float, end: float) -> float:
+    """0 up to epoch `start`, 1 from `end` on, straight between; a step where they are not apart."""
+    if epoch >= end:
+        return 1.0
+    return max(0.0, (epoch - start) / (end - start))

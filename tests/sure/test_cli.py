@@ -114,6 +114,18 @@ def test_settings_from_yaml_and_flags(tmp_path):
     assert load_config(run / "config.yaml") == expected
 
 
+def test_config_goes_before_preset(tmp_path):
+    from sure.cli import _settings
+    from sure.config import load_preset
+
+    (tmp_path / "c.yaml").write_text("epochs: 60\n")
+    for args in (["--preset", "sure-acdc", f"--config={tmp_path / 'c.yaml'}"], ["--preset=sure-acdc"]):
+        config = _settings(args)
+        epochs = 60 if len(args) == 3 else 100
+        assert config == replace(load_preset("sure-acdc"), epochs=epochs)
+    assert main(["train", str(tmp_path), "--out", str(tmp_path / "run"), "--preset", "acdc"]) == 2
+
+
 def test_demo(tmp_path):
     settings = replace(SETTINGS, epochs=2, channels=(4, 8), patch_size=(16,), folds=2)
     out = tmp_path / "demo"

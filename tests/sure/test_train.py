@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from sure.checkpoint import checkpoint_path, load_run, read_checkpoint
-from sure.config import TrainConfig, from_dict, load_config, to_dict
-from sure.data import write_phantoms
+from sure.config import TrainConfig, from_dict, load_config, load_preset, presets, to_dict
+from sure.data import IGNORE, write_phantoms
 from sure.errors import UserError
 from sure.files import atomic
 from sure.models import build_model
@@ -87,9 +87,20 @@ def test_the_loss_goes_down(phantoms, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("loss", ["sure", "edl", "dice_ce"])
-def test_resuming_gives_the_same_weights(phantoms, tmp_path, monkeypatch, loss):
-    config = replace(TINY, loss=loss, accumulate=2)
+NOISED = {"loss": "sure", "ranking": "exact", "good_model_step": 1}
+SETTINGS = {
+    "sure": {"loss": "sure"},
+    "edl": {"loss": "edl"},
+    "dice_ce": {"loss": "dice_ce"},
+    "patches": {**NOISED, "noise": "patches"},
+    "images": {**NOISED, "noise": "images", "within_class": True},
+    "soft": {**NOISED, "noise": "images", "soft": "isic"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resuming_gives_the_same_weights(phantoms, tmp_path, monkeypatch, name):
+    config = replace(TINY, **SETTINGS[name], accumulate=2)
     whole = train(phantoms, tmp_path / "whole", config, device="cpu", progress=False)
     interrupted = tmp_path / "interrupted"
     calls = 0
@@ -267,8 +278,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch
         objective = real(config)
         inner = objective.forward
 
-        def forward(logits, label, image):
-            loss, terms = inner(logits, label, image)
+        def forward(*args):
+            loss, terms = inner(*args)
             return loss * float("nan"), terms
 
         objective.forward = forward
@@ -301,6 +312,72 @@ def test_networks(model, dims):
     config = TrainConfig(spatial_dims=dims, model=model, channels=(8, 16, 32), patch_size=(16,))
     logits = build_model(config, 2, 3)(torch.randn((2, 2, *(16,) * dims)))
     assert logits.shape == (2, 3, *(16,) * dims)
+
+
+class Recorder(torch.nn.Module):
+    """A network with batch normalisation that counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3, padding=1), torch.nn.BatchNorm3d(3))
+        self.calls = 0
+
+    def forward(self, image):
+        self.calls += 1
+        return self.layers(image)
+
+
+def noisy_batch():
+    torch.manual_seed(0)
+    label = torch.zeros((2, 1, 12, 12, 12), dtype=torch.uint8)
+    label[:, :, 3:8, 3:8, 3:8] = 1
+    label[:, :, 5:7, 5:7, 5:7] = 2
+    label[0, 0, 0] = IGNORE
+    return torch.randn((2, 1, 12, 12, 12)), label
+
+
+@pytest.mark.parametrize(("noise", "passes"), [("off", 1), ("patches", 4), ("images", 3)])
+def test_noised_passes_supervise_from_their_epoch_on(noise, passes):
+    config = TrainConfig(loss="sure", epochs=10, good_model_step=5, patch_size=(12,), channels=(4, 8), noise=noise)
+    objective, network = build_objective(config), Recorder()
+    image, label = noisy_batch()
+    for epoch, expected in ((4, 1), (9, passes)):
+        objective.set_epoch(epoch)
+        network.calls = 0
+        loss, terms = objective(network(image), label, image, network)
+        loss.backward()
+        assert network.calls == expected
+        assert (float(terms["mu"]) > 0) == (expected > 1)
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "updated"])
+def test_running_statistics_see_noise_only_where_asked(phantoms, tmp_path, statistics, monkeypatch):
+    """With frozen statistics they are those of the clean batches alone, the weights being the same."""
+    config = replace(
+        TINY, loss="sure", epochs=1, good_model_step=0, validate_every=0, norm="batch", dropout=0.0, lr=1e-12
+    )
+    seen = {}
+    for noise in ("off", "patches"):
+        settings = replace(config, noise=noise, noise_statistics=statistics)
+        run = train(phantoms, tmp_path / noise, settings, device="cpu", progress=False)
+        seen[noise] = {k: v for k, v in weights(run).items() if "running" in k or "tracked" in k}
+    assert seen["off"]
+    same = all(torch.allclose(seen["off"][k], seen["patches"][k], atol=1e-6) for k in seen["off"])
+    assert same == (statistics == "frozen")
+
+
+def test_presets_are_settings():
+    assert presets() == ["prius-acdc", "prius-whs", "sure-acdc", "sure-refuge"]
+    for name in presets():
+        config = load_preset(name)
+        assert config.loss == "sure"
+        build_objective(config)
+        build_model(config, 1, 4)
+    acdc = load_preset("sure-acdc")
+    published = (acdc.batch_size, acdc.lr, acdc.epochs, acdc.good_model_step, acdc.kl_epochs, acdc.ace_weight)
+    assert published == (24, 1e-3, 100, 30, 20, 10.0)
+    with pytest.raises(UserError, match="preset: expected one of prius-acdc"):
+        load_preset("acdc")
 
 
 @pytest.mark.parametrize("loss", ["sure", "edl", "dice_ce"])
