@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from sure.cli import COMMANDS, main
 from sure.config import TrainConfig
@@ -180,11 +181,17 @@ def test_training_cases_are_never_scored_as_held_out(tmp_path, capsys):
     assert main([*args, "--cases", "all"]) == 0
 
 
-def test_the_readme_example(capsys):
+def test_the_readme_examples():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = (block.split("```")[0] for block in readme.split("```python\n")[1:])
+    first, second = (block.split("```")[0] for block in readme.split("```python\n")[1:])
     scope: dict[str, object] = {}
-    exec(code, scope)
+    exec(first, scope)
     assert float(scope["loss"].detach()) > 0
     assert scope["logits"].grad is not None
     assert scope["maps"]._fields == ("probability", "vacuity", "mutual_information")
+
+    torch.manual_seed(0)
+    network = scope["network"] = torch.nn.Conv3d(1, 4, 3, padding=1)
+    scope["logits"] = network(scope["image"])
+    exec(second, scope)
+    assert network.weight.grad.any()
