@@ -21,13 +21,15 @@ from torch import Tensor
 from sure_kernels import validation as check
 from sure_kernels.backends import get_backend, requested
 from sure_kernels.kernel_lib.chunks import working_dtype
-from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR, counted_voxels
+from sure_kernels.kernel_lib.labels import FAR, counted_voxels
 from sure_kernels.kernel_lib.random import normal, uniform
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 from sure_kernels.metrics import points
 from sure_kernels.ops.boundary_distance import op as distance_op
 from sure_kernels.ops.boundary_distance import reference as distance_reference
+from sure_kernels.ops.boundary_distance.closed_form import band_of
+from sure_kernels.ops.boundary_distance.codes import reach
 from sure_kernels.ops.dirichlet import reference as dirichlet_reference
 from sure_kernels.ops.dirichlet.op import DirichletUncertaintyFunction
 from sure_kernels.ops.dirichlet.reference import MEASURES
@@ -367,8 +369,9 @@ def boundary_distance(
 
     Args:
         target: index map, never one-hot: (N, *spatial), or (N, 1, *spatial) where `spatial_dims` or the length of
-            `spacing` says so. Any integer dtype.
-        max_distance: exact up to here, +inf beyond (values within 1e-5 relative may fall on either side).
+            `spacing` says so. Any integer dtype, or boolean. Labels below 1 are background.
+        max_distance: exact up to here, +inf beyond (values within 1e-5 relative may fall on either side). A few
+            voxels, as the losses need, are found several times as fast as the whole map.
         spacing: voxel spacing in array-axis order; 1 where None. Distances are in its unit.
         spatial_dims: 2 or 3; by default every dimension after the first.
 
@@ -378,8 +381,24 @@ def boundary_distance(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    labels, steps = _check_index_map(target, spacing, spatial_dims)
+    if max_distance is not None:
+        max_distance = check.check_number(max_distance, "max_distance", infinite=True)
+    ignore_index = check.check_int(ignore_index, "ignore_index")
+    backend = get_backend(labels, "boundary_distance")
+    if backend == "reference":
+        return distance_reference.boundary_distance(
+            labels, max_distance=max_distance, spacing=steps, ignore_index=ignore_index
+        )
+    return distance_op.boundary_distance(labels, max_distance, steps, ignore_index, backend)
+
+
+def _check_index_map(
+    target: Tensor, spacing: check.Numbers | None, spatial_dims: int | None
+) -> tuple[Tensor, tuple[float, ...]]:
+    """Labels (N, *spatial) and the spacing of their axes."""
     labels = check.plain_tensor(target, "target")
-    if labels.dtype not in check.INT_DTYPES:
+    if labels.dtype not in (*check.INT_DTYPES, torch.bool):
         raise TypeError(f"target: expected an integer index map, got {labels.dtype}")
     ndim = spatial_dims
     if ndim is None and isinstance(spacing, (Sequence, Tensor)) and getattr(spacing, "ndim", 1) == 1:
@@ -395,22 +414,7 @@ def boundary_distance(
             f"target: expected shape (N, *spatial) or (N, 1, *spatial) with {ndim} spatial axes, none of length 0, "
             f"got {check.shape_of(labels)}"
         )
-    steps = check.check_spacing(spacing, ndim)
-    if max_distance is not None:
-        max_distance = check.check_number(max_distance, "max_distance", infinite=True)
-    ignore_index = check.check_int(ignore_index, "ignore_index")
-    backend = get_backend(labels, "boundary_distance")
-    return _distance(check.torch_integer(labels), max_distance, steps, ignore_index, backend)
-
-
-def _distance(
-    labels: Tensor, max_distance: float | None, spacing: tuple[float, ...], ignore_index: int, backend: str
-) -> Tensor:
-    if backend == "reference":
-        return distance_reference.boundary_distance(
-            labels, max_distance=max_distance, spacing=spacing, ignore_index=ignore_index
-        )
-    return distance_op.boundary_distance(labels, max_distance, spacing, ignore_index)
+    return labels, check.check_spacing(spacing, ndim)
 
 
 def boundary_band(
@@ -434,11 +438,25 @@ def boundary_band(
     Raises:
         ValueError: unless boundary <= near <= far; and as `boundary_distance`.
     """
-    boundary, near, far = _check_thresholds(boundary, near, far)
-    distance = boundary_distance(
-        target, max_distance=far, spacing=spacing, spatial_dims=spatial_dims, ignore_index=ignore_index
-    )
-    return _band_of(distance, boundary, near, far)
+    labels, steps = _check_index_map(target, spacing, spatial_dims)
+    thresholds = _check_thresholds(boundary, near, far)
+    ignore_index = check.check_int(ignore_index, "ignore_index")
+    return _band(labels, thresholds, steps, ignore_index, get_backend(labels, "boundary_band"))
+
+
+def _band(
+    labels: Tensor,
+    thresholds: tuple[float, float, float],
+    spacing: tuple[float, ...],
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    if backend == "reference":
+        boundary, near, far = thresholds
+        return distance_reference.boundary_band(
+            labels, boundary=boundary, near=near, far=far, spacing=spacing, ignore_index=ignore_index
+        )
+    return distance_op.boundary_band(labels, *thresholds, spacing, ignore_index, backend)
 
 
 def _check_thresholds(boundary: float, near: float, far: float) -> tuple[float, float, float]:
@@ -448,13 +466,6 @@ def _check_thresholds(boundary: float, near: float, far: float) -> tuple[float, 
     if not boundary <= near <= far:
         raise ValueError(f"boundary, near, far: expected boundary <= near <= far, got {boundary:g}, {near:g}, {far:g}")
     return boundary, near, far
-
-
-def _band_of(distance: Tensor, boundary: float, near: float, far: float) -> Tensor:
-    band = torch.full(distance.shape, BETWEEN, dtype=torch.uint8, device=distance.device)
-    band.masked_fill_(distance > far, FAR)
-    band.masked_fill_(distance <= near, NEAR)
-    return band.masked_fill_(distance <= boundary, BOUNDARY)
 
 
 def supervised_evidential_loss(
@@ -636,10 +647,8 @@ def _band_for(
         if not distances.is_floating_point():
             raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
         _refuse_gradient(distances, "distance")
-        return _band_of(distances, *thresholds)
-    # Whatever serves the loss: the distance has no kernel of its own to insist on.
-    distances = _distance(common.target, thresholds[2], spacing, common.ignore_index, common.backend)
-    return _band_of(distances, *thresholds).squeeze(1)
+        return band_of(distances, *(reach(threshold) for threshold in thresholds))
+    return _band(common.target, thresholds, spacing, common.ignore_index, common.backend).squeeze(1)
 
 
 def _reference_supervised(

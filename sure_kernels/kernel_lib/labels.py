@@ -22,6 +22,28 @@ def counted_voxels(target: Tensor, ignore_index: int) -> Tensor:
     return torch.ones_like(target, dtype=torch.bool)
 
 
+# Dtypes that lack most of torch's operations, and the ones with as many bits that have them.
+_COMPARABLE = {
+    torch.bool: torch.uint8,
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
+
+
+def comparable(target: Tensor, ignore_index: int) -> tuple[Tensor, int | None]:
+    """The bits of `target` in a dtype that has minima and maxima, and `ignore_index` in it; None where it cannot occur.
+
+    Equal labels stay equal and others different; those of unsigned dtypes may turn negative. A view, not a copy.
+    """
+    limits = torch.iinfo(torch.uint8 if target.dtype == torch.bool else target.dtype)
+    bits = target.view(_COMPARABLE.get(target.dtype, target.dtype))
+    if not limits.min <= ignore_index <= limits.max:
+        return bits, None
+    wrapped = ignore_index > torch.iinfo(bits.dtype).max
+    return bits, ignore_index - (limits.max + 1) if wrapped else ignore_index
+
+
 def _label_bits(k: int, banded: bool) -> int:
     """Bits of a label: 4 stand for two voxels a byte."""
     if k <= 14 and not banded:

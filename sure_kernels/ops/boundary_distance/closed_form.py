@@ -1,69 +1,226 @@
 """Distance to label boundaries, exact, axis by axis, on the tensor's device.
 
 The squared distance separates: d2(x) = min over y of (x_1 - y_1)^2 s_1^2 + ... is one min-plus pass along each axis,
-d2[i] <- min over j of d2[j] + (i - j)^2 s^2. A pass looks as far as a distance can still shrink: to max_distance, or
-without one until the step alone exceeds the largest distance left.
+d2[i] <- min over j of d2[j] + (i - j)^2 s^2, on codes of a byte or two where they fit (`codes.py`). Where a pass looks
+only a few voxels far it takes them shift by shift; where it has to look farther, the first pass sweeps forth and back,
+and the others take blocks of sites in the order of how near they might be and stops at the first that cannot be nearer than what was found: a few blocks, however
+large the volume.
+
+The volume is swept in two stages of cache-sized pieces: boundary voxels and the passes within slabs across the first
+spatial axis, then the pass along it and what is made of the result. Only the codes are held between them. Comparisons
+with numbers, `where` and `masked_fill` are avoided: torch does not vectorise them on bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sure_kernels.kernel_lib.labels import counted_voxels
+from sure_kernels.kernel_lib.labels import BOUNDARY, FAR, NEAR, comparable
+from sure_kernels.ops.boundary_distance.codes import Codes, choose_codes
+
+# Voxels of a piece. Measured on two CPU cores with bytes; on a GPU launches cost more than memory does.
+_CPU_PIECE, _GPU_PIECE = 1 << 19, 1 << 26
+# A windowed pass over floats costs about 0.5 ns a voxel and step, a search 20 ns a voxel however far it looks.
+_LONGEST_FLOAT_WINDOW = 32
+# Rows of a block of the search, and lines that are searched together: alike, so that one bound serves them.
+_BLOCK, _LINES = 16, 2048
 
 
 def boundary_voxels(target: Tensor, ignore_index: int) -> Tensor:
-    """As the reference, by separable minima and maxima."""
-    counted = counted_voxels(target, ignore_index)
-    labels = target if target.dtype == torch.int64 else target.to(torch.int32)
-    limits = torch.iinfo(labels.dtype)
-    low, high = torch.where(counted, labels, limits.max), torch.where(counted, labels, limits.min)
-    for axis in range(1, target.ndim):
+    """As the reference, by separable minima and maxima of bytes: labels differ where one of their bytes does."""
+    labels, ignored_label = comparable(target, ignore_index)
+    low, high = (int(v) for v in torch.aminmax(labels))
+    ignored = labels == ignored_label if ignored_label is not None and low <= ignored_label <= high else None
+    if low < 0 and target.dtype.is_signed:
+        labels, low = labels.clamp(min=0), 0
+    count = labels.element_size() if low < 0 else max(1, (high.bit_length() + 7) // 8)
+    found = _bytes_differ(labels.to(torch.uint8), ignored)
+    for place in range(1, count):
+        found |= _bytes_differ((labels >> 8 * place).to(torch.uint8), ignored)
+    return found if ignored is None else found & ~ignored
+
+
+def _bytes_differ(labels: Tensor, ignored: Tensor | None) -> Tensor:
+    """Whether the 3^ndim neighbourhood of each voxel, without `ignored` ones, holds two values."""
+    low = high = labels
+    if ignored is not None:
+        hidden = ignored.to(torch.uint8) * 255
+        low, high = labels | hidden, labels & ~hidden
+    for axis in range(1, labels.ndim):
         low = _extreme(low, axis, torch.minimum)
         high = _extreme(high, axis, torch.maximum)
-    return (high > low) & counted
+    return high > low
 
 
-def _extreme(x: Tensor, axis: int, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _extreme(x: Tensor, axis: int, pick: Callable[..., Tensor]) -> Tensor:
     """min or max over three neighbours along `axis`, cut at the border."""
     n = x.shape[axis]
     out = x.clone()
-    if n > 1:
-        inner, outer = out.narrow(axis, 0, n - 1), x.narrow(axis, 1, n - 1)
-        inner.copy_(pick(inner, outer))
-        inner, outer = out.narrow(axis, 1, n - 1), x.narrow(axis, 0, n - 1)
-        inner.copy_(pick(inner, outer))
+    for here, there in ((0, 1), (1, 0)):
+        near = out.narrow(axis, here, n - 1)
+        pick(near, x.narrow(axis, there, n - 1), out=near)
     return out
 
 
-def _shrink(d2: Tensor, axis: int, step: float, limit: float | None) -> Tensor:
-    """One min-plus pass along `axis`; `limit` is the distance beyond which nothing need be exact."""
-    n = d2.shape[axis]
-    out = d2.clone()
-    for shift in range(1, n):
-        cost = (shift * step) ** 2
-        reach = limit**2 * (1 + 1e-5) if limit is not None else float(out.max())
-        if cost > reach:
+def _windowed(x: Tensor, axis: int, cost: float, steps: int) -> Tensor:
+    """One min-plus pass, shift by shift."""
+    n = x.shape[axis]
+    out, shifted = x.clone(), torch.empty_like(x)
+    for shift in range(1, steps + 1):
+        # Now and then: can anything still shrink?
+        if shift % 8 == 0 and cost * shift**2 >= float(out.max()):
             break
+        torch.add(x, cost * shift**2, out=shifted)
         for here, there in ((0, shift), (shift, 0)):
             near = out.narrow(axis, here, n - shift)
-            torch.minimum(near, d2.narrow(axis, there, n - shift) + cost, out=near)
+            torch.minimum(near, shifted.narrow(axis, there, n - shift), out=near)
     return out
+
+
+def _swept(x: Tensor, cost: float) -> Tensor:
+    """The first pass along the first axis of float (length, lines): 0 where boundary, +inf elsewhere."""
+    steps = x.clone()
+    rows = steps.unbind()
+    for order in (rows, rows[::-1]):
+        for before, row in itertools.pairwise(order):
+            torch.minimum(row, before + 1, out=row)
+    return steps.square_().mul_(cost)
+
+
+def _searched(x: Tensor, cost: float, limit: float) -> Tensor:
+    """One min-plus pass along the first axis of float (length, lines), +inf being no site, block by block."""
+    length, lines = x.shape
+    out = torch.full_like(x, math.inf)
+    # What a line without sites may be left at.
+    ceiling = torch.where(torch.isfinite(x.amin(0)), math.inf, 0.0)
+    blocks = x.split(_BLOCK)
+    least = [float(block.min()) for block in blocks]
+    offsets = torch.arange(length, dtype=x.dtype, device=x.device)
+    for here, best in enumerate(out.split(_BLOCK)):
+        # The nearest rows of two blocks are this far apart.
+        bounds = [
+            least[there] + cost * (max(abs(here - there) - 1, 0) * _BLOCK + (here != there)) ** 2
+            for there in range(len(blocks))
+        ]
+        rows = offsets[here * _BLOCK :][: len(best), None]
+        for there in sorted(range(len(blocks)), key=bounds.__getitem__):
+            if bounds[there] > limit or bounds[there] >= float(torch.minimum(best, ceiling).max()):
+                break
+            sites = blocks[there]
+            steps = rows - offsets[there * _BLOCK :][: len(sites)]
+            torch.minimum(best, (sites + (cost * steps.square()).unsqueeze(-1)).amin(1), out=best)
+    return out
+
+
+def _min_plus(x: Tensor, axis: int, codes: Codes, *, first: bool = False) -> Tensor:
+    """The pass along `axis`, in whichever way is fastest; `first` of all."""
+    cost, steps = codes.costs[axis - 1], codes.steps[axis - 1]
+    if not x.is_floating_point() or steps <= _LONGEST_FLOAT_WINDOW:
+        return _windowed(x, axis, cost, steps)
+    moved = x.movedim(axis, 0)
+    lines = moved.reshape(moved.shape[0], -1)
+    if first:
+        done = _swept(lines, cost)
+    else:
+        done = torch.cat([_searched(some, cost, codes.limit) for some in lines.split(_LINES, 1)], 1)
+    return done.view(moved.shape).movedim(0, axis)
+
+
+def _pieces(x: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
+    """Slices (of images, along `axis`) that cover `x` in pieces."""
+    budget = _CPU_PIECE if x.device.type == "cpu" else _GPU_PIECE
+    images, length, voxels = x.shape[0], x.shape[axis], x[0].numel()
+    if voxels <= budget:
+        step = budget // voxels
+        yield from ((slice(i, i + step), slice(0, length)) for i in range(0, images, step))
+        return
+    step = max(1, budget * length // voxels)
+    for image in range(images):
+        yield from (
+            (slice(image, image + 1), slice(i, min(i + step, length))) for i in range(0, length, step)
+        )
+
+
+def _boundary_codes(target: Tensor, codes: Codes, ignore_index: int) -> Tensor:
+    """Codes after the passes along all spatial axes but the first."""
+    out = torch.empty(target.shape, dtype=codes.dtype, device=target.device)
+    length = target.shape[1]
+    for images, rows in _pieces(target, 1):
+        first = max(rows.start - 1, 0)
+        found = boundary_voxels(target[images, first : min(rows.stop + 1, length)], ignore_index)
+        found = found.narrow(1, rows.start - first, rows.stop - rows.start)
+        if codes.dtype.is_floating_point:
+            part = found.to(codes.dtype).reciprocal_().sub_(1)  # 0 or +inf
+        else:
+            part = (~found).to(codes.dtype).mul_(int(codes.none))
+        for axis in range(2, target.ndim):
+            part = _min_plus(part, axis, codes, first=axis == 2)
+        out[images, rows] = part
+    return out
+
+
+def _transformed(
+    target: Tensor, codes: Codes, ignore_index: int, dtype: torch.dtype, finish: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """finish(codes of the whole transform), (N, 1, *spatial) of `dtype`."""
+    across = _boundary_codes(target, codes, ignore_index)
+    n, *spatial = target.shape
+    out = torch.empty((n, 1, *spatial), dtype=dtype, device=target.device)
+    for images, columns in _pieces(across, 2):
+        part = across[images, :, columns].contiguous()
+        out[images, 0, :, columns] = finish(_min_plus(part, 1, codes))
+    return out
+
+
+def _looked_up(table: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: table.index_select(0, x.flatten().int()).view(x.shape)
 
 
 def boundary_distance(
     target: Tensor, *, max_distance: float | None, spacing: tuple[float, ...], ignore_index: int
 ) -> Tensor:
     """Float32 (N, 1, *spatial) on the target's device; +inf without a boundary or beyond `max_distance`."""
-    d2 = torch.where(boundary_voxels(target, ignore_index), 0.0, math.inf)
-    limit = None if max_distance is None or math.isinf(max_distance) else max_distance
-    for axis, step in enumerate(spacing, 1):
-        d2 = _shrink(d2, axis, step, limit)
-    d = d2.sqrt_()
-    if limit is not None:
-        d.masked_fill_(d > limit, math.inf)
-    return d.unsqueeze(1)
+    codes = choose_codes(tuple(target.shape[1:]), spacing, max_distance)
+    if codes.dtype.is_floating_point:
+
+        def finish(x: Tensor) -> Tensor:
+            # In place of masked_fill_, which is not vectorised: -d2, or -inf where it is below -limit.
+            return F.threshold_(x.neg_(), -codes.limit, -math.inf).neg_().sqrt_()
+    else:
+        table = torch.arange(int(codes.none) + 1, dtype=torch.float64).mul_(codes.unit).sqrt_()
+        table[-1] = math.inf
+        finish = _looked_up(table.float().to(target.device))
+    return _transformed(target, codes, ignore_index, torch.float32, finish)
+
+
+def band_of(values: Tensor, boundary: float, near: float, far: float) -> Tensor:
+    """uint8 band for boundary <= near <= far: of distances, or of squares or codes with thresholds alike."""
+    band = (values > far).to(torch.uint8).mul_(FAR)
+    return band.add_(values <= near, alpha=NEAR).add_(values <= boundary, alpha=BOUNDARY - NEAR)
+
+
+def boundary_band(
+    target: Tensor,
+    *,
+    boundary: float,
+    near: float,
+    far: float,
+    spacing: tuple[float, ...],
+    ignore_index: int,
+) -> Tensor:
+    """uint8 (N, 1, *spatial), straight from the codes."""
+    codes = choose_codes(tuple(target.shape[1:]), spacing, far)
+    thresholds = (codes.of(boundary), codes.of(near), codes.of(far))
+    if codes.dtype.is_floating_point:
+
+        def finish(x: Tensor) -> Tensor:
+            return band_of(x, *thresholds)
+    else:
+        finish = _looked_up(band_of(torch.arange(int(codes.none) + 1), *thresholds).to(target.device))
+    return _transformed(target, codes, ignore_index, torch.uint8, finish)

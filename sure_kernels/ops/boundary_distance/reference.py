@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sure_kernels.kernel_lib.labels import counted_voxels
+from sure_kernels.kernel_lib.labels import BETWEEN, BOUNDARY, FAR, NEAR, comparable
+from sure_kernels.ops.boundary_distance.codes import reach
 
 
 def boundary_voxels(target: Tensor, ignore_index: int) -> Tensor:
     """Whether each voxel of `target` (N, *spatial) is boundary: boolean, same shape.
 
-    A voxel is boundary when its 3^ndim neighbourhood, cut at the image border and without ignored voxels, holds two
-    labels: then for some class c >= 1 it is not constant in "belongs to class c". Ignored voxels are none.
+    A voxel is boundary when its 3^ndim neighbourhood, cut at the image border and without ignored voxels, is not
+    constant in "belongs to class c" for some c >= 1: when it holds a label other than the voxel's own, all labels
+    below 1 being the same background. Ignored voxels are none.
     """
-    counted = counted_voxels(target, ignore_index)
-    labels = target.to(torch.float64).unsqueeze(1)
-    pool = F.max_pool2d if target.ndim == 3 else F.max_pool3d
-    absent = labels.new_tensor(-math.inf)
-    outside = counted.unsqueeze(1)
-    highest = pool(torch.where(outside, labels, absent), 3, stride=1, padding=1)
-    lowest = -pool(torch.where(outside, -labels, absent), 3, stride=1, padding=1)
-    return (highest > lowest).squeeze(1) & counted
+    labels, ignored = comparable(target, ignore_index)
+    counted = torch.ones_like(labels, dtype=torch.bool) if ignored is None else labels != ignored
+    if target.dtype.is_signed:
+        labels = labels.clamp(min=0)
+    border = (1, 1) * (target.ndim - 1)
+    around, around_counted = F.pad(labels, border), F.pad(counted, border)
+    found = torch.zeros_like(counted)
+    for offsets in itertools.product(range(3), repeat=target.ndim - 1):
+        neighbour = (slice(None), *(slice(o, o + n) for o, n in zip(offsets, target.shape[1:], strict=True)))
+        found |= around_counted[neighbour] & (around[neighbour] != labels)
+    return found & counted
 
 
 def boundary_distance(
@@ -44,4 +50,16 @@ def boundary_distance(
                 pairs = points[start : start + 4096, None] - sites
                 row[start : start + 4096] = pairs.square().sum(-1).amin(1).sqrt()
     out = out.view_as(target).unsqueeze(1).float()
-    return out if max_distance is None else torch.where(out <= max_distance, out, math.inf)
+    return out if max_distance is None else torch.where(out <= reach(max_distance), out, math.inf)
+
+
+def boundary_band(
+    target: Tensor, *, boundary: float, near: float, far: float, spacing: tuple[float, ...], ignore_index: int
+) -> Tensor:
+    """uint8 (N, 1, *spatial): 2 up to `boundary`, 1 up to `near`, 3 beyond `far`, 0 between."""
+    distance = boundary_distance(target, max_distance=None, spacing=spacing, ignore_index=ignore_index)
+    band = torch.full_like(distance, BETWEEN, dtype=torch.uint8)
+    band[distance > reach(far)] = FAR
+    band[distance <= reach(near)] = NEAR
+    band[distance <= reach(boundary)] = BOUNDARY
+    return band
