@@ -28,6 +28,8 @@ TRITON_OPS = (
     "supervised_evidential_loss",
     "pairwise_ranking_loss",
     "noise_uncertainty_loss",
+    "boundary_distance",
+    "boundary_band",
 )
 # Triton compiles for NVIDIA GPUs from this compute capability on.
 _OLDEST_CAPABILITY = (7, 0)

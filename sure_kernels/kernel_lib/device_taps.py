@@ -25,6 +25,17 @@ import triton.language as tl
 
 
 @triton.jit
+def march_program(D, H, W, STEPS, BLOCK: tl.constexpr):
+    """(image, first plane, flat index of the first voxel in its plane) of this program, int64: see `march_grid`."""
+    i_program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(tl.cast(H, tl.int64) * W, BLOCK)
+    chunks = tl.cdiv(D, STEPS)
+    i_tile = i_program % tiles
+    i_chunk = (i_program // tiles) % chunks
+    return i_program // (tiles * chunks), i_chunk * STEPS, i_tile * BLOCK
+
+
+@triton.jit
 def plane_position(start, W, BLOCK: tl.constexpr):
     """Row and column (int32) of the BLOCK voxels of a plane that follow the flat index `start` (int64).
 

@@ -6,6 +6,8 @@ same bits everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ def as_volume(x: Tensor) -> Tensor:
 def march_length(voxels: int, depth: int) -> int:
     """Planes that one program of a marching kernel handles."""
     return min(depth, _LONG_MARCH if voxels >= _LARGE_VOLUME else _SHORT_MARCH)
+
+
+def march_grid(volumes: int, sizes: Sequence[int], steps: int, block: int) -> tuple[int]:
+    """Programs that march `steps` planes of (D, H, W) volumes, `block` voxels of a plane each."""
+    d, h, w = sizes
+    return (volumes * cdiv(d, steps) * cdiv(h * w, block),)
 
 
 def centre_tap(operator: str) -> float:

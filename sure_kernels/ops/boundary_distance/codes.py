@@ -19,7 +19,7 @@ TOLERANCE = 2e-6
 _RATIO_ERROR = 1e-7
 _LARGEST_RATIO = 1000
 # Integers serve windowed passes: farther along an axis than this, other ways are faster.
-LONGEST_WINDOW = 64
+_LONGEST_WINDOW = 64
 
 
 def reach(distance: float) -> float:
@@ -37,7 +37,7 @@ class Codes:
 
     Attributes:
         dtype: uint8, int16 (twice the largest code fits) or float32.
-        unit: of squared distance; 1 for float32.
+        unit: of squared distance.
         costs: squared spacing of each axis, in units.
         steps: voxels along each axis within reach.
         limit: largest code that counts; what is beyond is infinitely far.
@@ -74,14 +74,14 @@ def _whole_multiples(squares: tuple[float, ...], largest_ratio: int) -> tuple[fl
 def choose_codes(spatial: tuple[int, ...], spacing: tuple[float, ...], max_distance: float | None) -> Codes:
     """Codes for volumes of this shape, with distances up to `max_distance` or all of them."""
     squares = tuple(step * step for step in spacing)
-    farthest = sum((n - 1) ** 2 * square for n, square in zip(spatial, squares, strict=True))
+    diagonal = sum((n - 1) ** 2 * square for n, square in zip(spatial, squares, strict=True))
+    farthest = diagonal * (1 + TOLERANCE)
     if max_distance is not None:
         farthest = min(farthest, _square(reach(max_distance)))
-    farthest *= 1 + TOLERANCE
     steps = tuple(min(n - 1, math.isqrt(int(farthest / square))) for n, square in zip(spatial, squares, strict=True))
     if max(steps) == 0:
         return Codes(torch.uint8, 1.0, (0,) * len(spatial), steps, 0, 1)
-    if max(steps) <= LONGEST_WINDOW:
+    if max(steps) <= _LONGEST_WINDOW:
         for dtype in (torch.uint8, torch.int16):
             largest = torch.iinfo(dtype).max // 2
             found = _whole_multiples(squares, int(largest * min(squares) / farthest))
@@ -89,4 +89,5 @@ def choose_codes(spatial: tuple[int, ...], spacing: tuple[float, ...], max_dista
                 unit, costs = found
                 limit = int(farthest / unit)
                 return Codes(dtype, unit, costs, steps, limit, limit + 1)
-    return Codes(torch.float32, 1.0, squares, steps, farthest, math.inf)
+    unit = min(squares)
+    return Codes(torch.float32, unit, tuple(square / unit for square in squares), steps, farthest / unit, math.inf)

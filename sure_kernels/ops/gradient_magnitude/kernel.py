@@ -24,7 +24,7 @@ Instructions a voxel in the marching loops, 3D Sobel, bfloat16, replicate (extra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,27 +36,17 @@ from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, poin
 from sure_kernels.kernel_lib.device_taps import (
     adjoint_weights,
     gradient,
+    march_program,
     plane_parts,
     plane_position,
     voxel_gradient,
 )
-from sure_kernels.kernel_lib.launch import as_volume, axis_scales, cdiv, centre_tap, march_length
+from sure_kernels.kernel_lib.launch import as_volume, axis_scales, centre_tap, march_grid, march_length
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 
 # Voxels of a plane that one program handles: two a thread where registers allow it.
 BLOCK_ONE_CHANNEL, BLOCK_CHANNELS, BLOCK_ADJOINT = 256, 128, 128
 NUM_WARPS = 4
-
-
-@triton.jit
-def _program(D, H, W, STEPS, BLOCK: tl.constexpr):
-    """(image, first plane, flat index of the first voxel in its plane) of this program, int64."""
-    i_program = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(tl.cast(H, tl.int64) * W, BLOCK)
-    chunks = tl.cdiv(D, STEPS)
-    i_tile = i_program % tiles
-    i_chunk = (i_program // tiles) % chunks
-    return i_program // (tiles * chunks), i_chunk * STEPS, i_tile * BLOCK
 
 
 @triton.jit
@@ -114,7 +104,7 @@ def _sweep_kernel(
 
     CHANNELS: `one`, or how several are reduced. Forward does not read `p_grad`.
     """
-    i_n, z_first, start = _program(D, H, W, STEPS, BLOCK)
+    i_n, z_first, start = march_program(D, H, W, STEPS, BLOCK)
     o_h, o_w = plane_position(start, W, BLOCK)
     m = o_h < H  # [BLOCK]
     z_end = tl.minimum(z_first + STEPS, D)
@@ -233,7 +223,7 @@ def _adjoint_kernel(
     DIMS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sum_d transpose(D_d) y_d from contiguous components (N M, DIMS, D, H, W) into contiguous (N M, D, H, W)."""
-    i_n, z_first, start = _program(D, H, W, STEPS, BLOCK)
+    i_n, z_first, start = march_program(D, H, W, STEPS, BLOCK)
     o_h, o_w = plane_position(start, W, BLOCK)
     m = o_h < H  # [BLOCK]
     z_end = tl.minimum(z_first + STEPS, D)
@@ -270,11 +260,6 @@ def _adjoint_kernel(
             inner1, across1 = inner2, across2
 
 
-def _grid(volumes: int, sizes: Sequence[int], steps: int, block: int) -> tuple[int]:
-    d, h, w = sizes
-    return (volumes * cdiv(d, steps) * cdiv(h * w, block),)
-
-
 def _sweep(
     image: Tensor,
     grad: Tensor | None,
@@ -291,7 +276,7 @@ def _sweep(
     steps = march_length(x[:, 0].numel(), sizes[0])
     block = BLOCK_ONE_CHANNEL if channels == 1 else BLOCK_CHANNELS
     with torch.cuda.device_of(image):
-        _sweep_kernel[_grid(n, sizes, steps, block)](
+        _sweep_kernel[march_grid(n, sizes, steps, block)](
             x, up, out, channels, *sizes, steps,
             *x.stride(), *(up.stride(i) for i in (0, 2, 3, 4)), *axis_scales(operator, spacing), eps,
             BACKWARD=grad is not None, DIMS=image.ndim - 2, CHANNELS=reduction if channels > 1 else "one",
@@ -319,7 +304,7 @@ def backward(
     sizes = as_volume(result).shape[2:]
     steps = march_length(result[:, 0].numel(), sizes[0])
     with torch.cuda.device_of(image):
-        _adjoint_kernel[_grid(n * channels, sizes, steps, BLOCK_ADJOINT)](
+        _adjoint_kernel[march_grid(n * channels, sizes, steps, BLOCK_ADJOINT)](
             components, result, *sizes, steps, *axis_scales(operator, spacing),
             DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK_ADJOINT, num_warps=NUM_WARPS,
         )  # fmt: skip

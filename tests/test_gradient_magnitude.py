@@ -1,4 +1,4 @@
-"""Image gradients and boundary distances against NumPy, SciPy and scikit-image, and their invariants."""
+"""Image gradients against NumPy and SciPy, and their invariants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import scipy.ndimage as ndi
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from skimage.segmentation import find_boundaries
 
 import sure_kernels as sk
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
@@ -110,76 +109,3 @@ def test_flat_images_have_zero_gradient():
     for reduction in CHANNEL_REDUCTIONS:
         (gradient,) = torch.autograd.grad(sk.gradient_magnitude(image, channel_reduction=reduction).sum(), image)
         assert bool((gradient == 0).all())
-
-
-def label_maps():
-    g = torch.Generator().manual_seed(0)
-    empty = torch.zeros((1, 9, 10), dtype=torch.uint8)
-    one = empty.clone()
-    one[0, 0, 0] = 3
-    half = empty.clone()
-    half[0, :, 5:] = 1
-    yield "random", torch.randint(0, 4, (2, 9, 10), generator=g)
-    yield "one voxel in a corner", one
-    yield "touching the border", half
-    yield "3D", torch.randint(0, 2, (1, 6, 7, 5), generator=g) * torch.randint(0, 3, (1, 6, 7, 5), generator=g)
-    yield "int8", half.to(torch.int8)
-
-
-@pytest.mark.parametrize(("name", "labels"), list(label_maps()), ids=[n for n, _ in label_maps()])
-@pytest.mark.parametrize("namespace", NAMESPACES, ids=IDS)
-def test_distance_is_scipys(namespace, name, labels):
-    spacing = (1.5, 0.7, 2.0)[: labels.ndim - 1]
-    got = namespace.boundary_distance(labels, spacing=spacing)
-    for row, label in zip(got[:, 0], labels.numpy(), strict=True):
-        boundary = np.zeros(label.shape, bool)
-        for c in np.unique(label[label > 0]):
-            boundary |= find_boundaries(label == c, connectivity=label.ndim, mode="thick")
-        want = ndi.distance_transform_edt(~boundary, sampling=spacing)
-        np.testing.assert_allclose(row.numpy(), want, rtol=1e-6)
-    near = namespace.boundary_distance(labels, spacing=spacing, max_distance=1.6)
-    torch.testing.assert_close(near, torch.where(got <= 1.6, got, math.inf))
-
-
-@pytest.mark.parametrize("namespace", NAMESPACES, ids=IDS)
-def test_ignored_voxels_make_no_boundary(namespace):
-    labels = torch.zeros((2, 5, 9), dtype=torch.int64)
-    labels[0, :, 4:] = -100  # nothing but background and ignored voxels
-    labels[1, :, 4] = -100
-    labels[1, :, 5:] = 2  # two classes that never touch
-    assert bool(torch.isinf(namespace.boundary_distance(labels)).all())
-    labels[1, 2, 4] = 2
-    distance = namespace.boundary_distance(labels)[1, 0]
-    assert float(distance[2, 3]) == 0
-    assert float(distance[2, 4]) == 0
-
-
-@given(st.integers(0, 2**31), st.integers(2, 3))
-def test_band_follows_from_the_distance(seed, dims):
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 2, (2, *(3,) * dims), generator=g)
-    for axis in range(1, dims + 1):
-        labels = labels.repeat_interleave(4, axis)
-    distance = sk.boundary_distance(labels)
-    band = sk.boundary_band(labels, near=2.0, far=4.0)
-    assert band.dtype == torch.uint8
-    assert band.shape == distance.shape
-    expected = torch.where(distance <= 2, 1, torch.where(distance > 4, 3, 0))
-    assert torch.equal(band.long(), torch.where(distance <= 1, 2, expected))
-    assert torch.equal(band, sk.reference.boundary_band(labels, near=2.0, far=4.0))
-
-
-def test_labels_of_any_width():
-    labels = torch.tensor([[[0, 2**40], [2**40, 2**40]]])
-    assert float(sk.boundary_distance(labels).max()) == 0
-    # 156 is -100 in eight bits, and no ignored voxel.
-    assert float(sk.boundary_distance(torch.tensor([[[0, 156], [0, 0]]], dtype=torch.uint8)).max()) == 0
-
-
-def test_channel_axis_of_distance():
-    labels = torch.randint(0, 3, (2, 1, 6, 7))
-    a = sk.boundary_distance(labels, spatial_dims=2)
-    assert torch.equal(a, sk.boundary_distance(labels[:, 0]))
-    assert torch.equal(a, sk.boundary_distance(labels, spacing=(1.0, 1.0)))
-    # Without a word on it, every dimension after the first is spatial.
-    assert sk.boundary_distance(labels).shape == (2, 1, 1, 6, 7)
