@@ -23,13 +23,6 @@ SPACINGS = ((1.0, 1.0, 1.0), (1.5, 0.7, 2.0), (1.0, 1.2345, 0.777))
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
-@pytest.fixture(autouse=True)
-def few_rows_scanned_at_once(device, monkeypatch):
-    """The interpreter scans element by element, those beyond the volume too."""
-    if device == "cpu":
-        monkeypatch.setattr(kernel, "_SCAN_TILE", 16)
-
-
 def labels(shape, device, share=0.3, seed=0):
     """Labels 0 to 3, that share of them foreground."""
     g = torch.Generator().manual_seed(seed)
@@ -78,8 +71,10 @@ class TestValues:
             assert max(codes.choose_codes(shape[1:], spacing[: len(shape) - 1], None).steps) > kernel._UNCHECKED
             compare(x, spacing, distances=(None, 11.0))
 
-    def test_more_than_one_program(self, device):
+    def test_more_than_one_program(self, device, monkeypatch):
         """A plane of several blocks, a march of several pieces, several tiles of rows, rows of several blocks."""
+        if device == "cpu":
+            monkeypatch.setattr(kernel, "_SCAN_TILE", 32)  # the interpreter scans element by element
         assert kernel.BLOCK_BOUNDARY < 17 * 19
         compare(labels((1, 17, 19), device), distances=(2.0,))
         assert march_length(11 * 3 * 3, 11) < 11

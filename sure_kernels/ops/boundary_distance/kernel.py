@@ -266,7 +266,8 @@ def _scan(x: Tensor, codes: Codes) -> None:
     """The first pass, along the last axis of (N, *spatial) codes, in place."""
     width = x.shape[-1]
     columns = triton.next_power_of_2(width)
-    rows, tall = x.numel() // width, max(1, _SCAN_TILE // columns)
+    rows = x.numel() // width
+    tall = min(_SCAN_TILE // columns, triton.next_power_of_2(rows))
     _scan_kernel[(cdiv(rows, tall),)](
         x, rows, width, codes.steps[-1], codes.costs[-1], codes.none,
         FLOAT=x.is_floating_point(), ROWS=tall, COLUMNS=columns, num_warps=NUM_WARPS,
@@ -335,7 +336,7 @@ def compile_cases() -> list[KernelCases]:
     def scan(f: Flags) -> Arguments:
         types = {"p_codes": f"*{codes[f['codes']]}", "rows": "i64", "W": "i32", "R": "i32"}
         types |= dict.fromkeys(("cost", "none"), number(f))
-        tall = _SCAN_TILE // f["columns"]
+        tall = 1 if f["one_row"] else _SCAN_TILE // f["columns"]
         constants = {"FLOAT": f["codes"] == "float32", "ROWS": tall, "COLUMNS": f["columns"]}
         return Arguments(types, constants | ({"W": 1} if f["columns"] == 1 else {}), NUM_WARPS)
 
@@ -364,6 +365,7 @@ def compile_cases() -> list[KernelCases]:
     }
     scan_flags: dict[str, tuple[Any, ...]] = {
         "columns": tuple(1 << i for i in range(_LONGEST_SCAN.bit_length())),
+        "one_row": (True, False),
         "codes": tuple(codes),
     }
     min_plus_flags: dict[str, tuple[Any, ...]] = {
