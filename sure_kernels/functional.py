@@ -365,7 +365,8 @@ def boundary_distance(
     """Exact Euclidean distance to the thick boundary of any foreground class.
 
     A voxel is boundary when its 3^ndim neighbourhood, cut at the image border, is not constant in "belongs to class
-    c" for some c >= 1. Ignored voxels make no boundary.
+    c" for some c >= 1: the union of scikit-image's `find_boundaries(target == c, mode="thick")`, as in the published
+    program. Ignored voxels make no boundary.
 
     Args:
         target: index map, never one-hot: (N, *spatial), or (N, 1, *spatial) where `spatial_dims` or the length of
@@ -430,7 +431,7 @@ def boundary_band(
     """Where each voxel lies relative to the boundary, one byte a voxel: what the fused loss reads.
 
     2 on the boundary (d <= boundary), 1 near it (d <= near), 0 between, 3 far (d > far), with d and the other
-    arguments as in `boundary_distance`.
+    arguments as in `boundary_distance`. A distance equal to a threshold but for rounding counts as within.
 
     Returns:
         uint8 (N, 1, *spatial).

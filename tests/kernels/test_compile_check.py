@@ -63,7 +63,7 @@ def test_the_command_fails_on_a_broken_kernel(broken, status, tmp_path, capsys):
 def test_every_kernel_takes_part():
     modules = check.kernel_modules()
     rooms = {module.split(".")[2] for module in modules}
-    assert {"gradient_magnitude", "dirichlet", "evidential", "supervised"} <= rooms
+    assert {"gradient_magnitude", "dirichlet", "evidential", "supervised", "boundary_distance"} <= rooms
     work = check.jobs(modules, list(TARGETS), full=False)
     assert {job.target for job in work} == set(TARGETS)
     classes = {job.flags["K"] for job in work if job.target == "sm_90" and "K" in job.flags}
