@@ -260,6 +260,8 @@ def test_extreme_thresholds(namespace):
     band = namespace.boundary_band(labels, boundary=0.0, near=0.0, far=1e200)
     assert torch.equal(band == 2, full == 0)
     assert torch.equal(band == 0, full > 0)
+    band = namespace.boundary_band(labels, boundary=1e200, near=1e200, far=1e200)
+    assert bool((band == 2).all())
     for spacing in ((1e-30, 1e-30), (1e-25, 1.37e-25), (1e30, 1.37e30)):
         got = namespace.boundary_distance(labels, spacing=spacing)
         expected = published(labels[0].numpy(), spacing)

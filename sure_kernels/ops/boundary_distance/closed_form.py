@@ -191,7 +191,7 @@ def boundary_distance(
     codes = choose_codes(tuple(target.shape[1:]), spacing, max_distance)
 
     def distances(x: Tensor) -> Tensor:
-        # -x, or -inf where that is below -limit: what masked_fill_ does, vectorised. -0.0 is no value of a code.
+        # What masked_fill_ would do, but vectorised: -x, or -inf where that is below -limit.
         farthest = math.nextafter(-codes.limit, -math.inf)
         roots = F.threshold(x.neg_(), farthest, -math.inf, inplace=True).neg_().sqrt_()
         return roots.mul_(math.sqrt(codes.unit)).float()

@@ -53,8 +53,8 @@ class Codes:
 
     def of(self, distance: float) -> float:
         """The largest code at most `distance` away, not beyond `limit`."""
-        code = _square(reach(distance)) / self.unit
-        return min(code if self.dtype == torch.float32 else math.floor(code), self.limit)
+        code = min(_square(reach(distance)) / self.unit, self.limit)
+        return code if self.dtype == torch.float32 else math.floor(code)
 
 
 def _whole_multiples(squares: tuple[float, ...], largest_ratio: int) -> tuple[float, tuple[int, ...]] | None:

@@ -250,16 +250,14 @@ def _tile(axis_stride: int) -> tuple[str, int, int]:
     return "row", block, max(1, block // 256)
 
 
-def _min_plus(
-    x: Tensor, out: Tensor, axis: int, codes: Codes, finish: str, boundary: float = 0, near: float = 0
-) -> None:
-    """The pass of (N, *spatial) codes along `axis`."""
+def _min_plus(x: Tensor, out: Tensor, axis: int, codes: Codes, finish: str, thresholds: tuple[float, float]) -> None:
+    """The pass of (N, *spatial) codes along `axis`; `thresholds` (boundary, near) of a band."""
     length, stride, steps = x.shape[axis], x.stride(axis), codes.steps[axis - 1]
     tile, block, warps = _tile(stride)
     programs = x.numel() // stride * cdiv(stride, block) if tile == "row" else cdiv(x.numel(), block)
     _min_plus_kernel[(programs,)](
         x, out, x.numel(), length, stride, steps,
-        codes.costs[axis - 1], codes.none, codes.limit, boundary, near, math.sqrt(codes.unit),
+        codes.costs[axis - 1], codes.none, codes.limit, *thresholds, math.sqrt(codes.unit),
         TILE=tile, FINISH=finish, FLOAT=x.is_floating_point(), CHECKED=steps > _UNCHECKED,
         BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -277,7 +275,18 @@ def _scan(x: Tensor, codes: Codes) -> None:
     )  # fmt: skip
 
 
-def _transform(target: Tensor, codes: Codes, ignore_index: int, out: Tensor, finish: str, *thresholds: float) -> Tensor:
+def _transform(
+    target: Tensor,
+    codes: Codes,
+    ignore_index: int,
+    dtype: torch.dtype,
+    finish: str,
+    thresholds: tuple[float, float] | None = None,
+) -> Tensor:
+    """(N, 1, *spatial) of `dtype`: the distance or, with `thresholds`, the band."""
+    n, *spatial = target.shape
+    out = torch.empty((n, 1, *spatial), dtype=dtype, device=target.device)
+    thresholds = thresholds or (codes.limit, codes.limit)
     with torch.cuda.device_of(target):
         held = _boundary(target, codes, ignore_index)
         inner = range(target.ndim - 1, 1, -1)
@@ -286,9 +295,9 @@ def _transform(target: Tensor, codes: Codes, ignore_index: int, out: Tensor, fin
             inner = inner[1:]
         for axis in inner:
             passed = torch.empty_like(held)
-            _min_plus(held, passed, axis, codes, "codes")
+            _min_plus(held, passed, axis, codes, "codes", thresholds)
             held = passed
-        _min_plus(held, out, 1, codes, finish, *thresholds)
+        _min_plus(held, out, 1, codes, finish, thresholds)
     return out
 
 
@@ -296,20 +305,17 @@ def boundary_distance(
     target: Tensor, *, max_distance: float | None, spacing: tuple[float, ...], ignore_index: int
 ) -> Tensor:
     """Float32 (N, 1, *spatial); +inf without a boundary or beyond `max_distance`."""
-    n, *spatial = target.shape
-    codes = choose_codes(tuple(spatial), spacing, max_distance)
-    out = torch.empty((n, 1, *spatial), dtype=torch.float32, device=target.device)
-    return _transform(target, codes, ignore_index, out, "distance")
+    codes = choose_codes(tuple(target.shape[1:]), spacing, max_distance)
+    return _transform(target, codes, ignore_index, torch.float32, "distance")
 
 
 def boundary_band(
     target: Tensor, *, boundary: float, near: float, far: float, spacing: tuple[float, ...], ignore_index: int
 ) -> Tensor:
     """uint8 (N, 1, *spatial), straight from the codes."""
-    n, *spatial = target.shape
-    codes = choose_codes(tuple(spatial), spacing, far)
-    out = torch.empty((n, 1, *spatial), dtype=torch.uint8, device=target.device)
-    return _transform(target, codes, ignore_index, out, "band", codes.of(boundary), codes.of(near))
+    codes = choose_codes(tuple(target.shape[1:]), spacing, far)
+    thresholds = (codes.of(boundary), codes.of(near))
+    return _transform(target, codes, ignore_index, torch.uint8, "band", thresholds)
 
 
 def compile_cases() -> list[KernelCases]:
