@@ -305,17 +305,22 @@ def test_full_graph_and_custom_ops():
 
 @pytest.mark.slow
 def test_five_times_as_fast_as_published():
-    """At 128^3 with 4 classes, up to 4 voxels; measured 40 times on two idle cores."""
+    """At 128^3 with 4 classes, up to 4 voxels: processor time on one thread, which other work leaves alone."""
     labels = blobs(torch.Generator().manual_seed(0), 4, (128,) * 3)
 
     def fastest(function):
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            began = time.process_time()
             function()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
         return min(times)
 
-    ours = fastest(lambda: sk.boundary_distance(labels, max_distance=4.0))
-    theirs = fastest(lambda: published(labels[0].numpy(), (1.0, 1.0, 1.0)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ours = fastest(lambda: sk.boundary_distance(labels, max_distance=4.0))
+        theirs = fastest(lambda: published(labels[0].numpy(), (1.0, 1.0, 1.0)))
+    finally:
+        torch.set_num_threads(threads)
     assert 5 * ours < theirs
