@@ -4,7 +4,13 @@
 `set_backend`, the `backend` context manager or SURE_KERNELS_BACKEND, is used or refused with the reason.
 
 `triton` serves CUDA and ROCm tensors. On the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1), which is
-for tests: `auto` never takes it there. Nothing is probed when this module is imported.
+for tests: `auto` never takes it there.
+
+`compiled` serves CPU tensors where torch.compile finds a working C++ compiler. `auto` takes it from a size on at which
+compiling pays; it is a matter of size alone, never of what ran before, so that a resumed run computes what an
+uninterrupted one does. Whether the compiler works shows when the first kernel is wanted: ops are told `auto`.
+
+Nothing is probed when this module is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +24,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sure_kernels.kernel_lib import inductor
+from sure_kernels.kernel_lib.inductor import AUTO, COMPILED, BackendUnavailableError
 from sure_kernels.validation import check_choice
+
+__all__ = ["BACKENDS", "BackendUnavailableError", "backend", "backends", "get_backend", "set_backend", "why_not"]
 
 BACKENDS = ("auto", "triton", "compiled", "eager", "reference")
 TRITON_OPS = (
@@ -31,14 +41,16 @@ TRITON_OPS = (
     "boundary_distance",
     "boundary_band",
 )
+COMPILED_OPS = ("gradient_magnitude", "dirichlet_uncertainty", "evidential_loss", "supervised_evidential_loss")
+# Numbers in the tensor from which on `auto` compiles. A step on 2^20 of them is some 20 ms faster than the eager form
+# on two cores, and compiling loss and gradient takes some 20 s: it pays within a thousand steps, a short training.
+_WORTH_COMPILING = 1 << 20
+# Compiled kernels are written out class by class; more would take minutes to compile.
+_MOST_CLASSES = 32
 # Triton compiles for NVIDIA GPUs from this compute capability on.
 _OLDEST_CAPABILITY = (7, 0)
 
 _chosen: str | None = None
-
-
-class BackendUnavailableError(RuntimeError):
-    """The backend that was asked for cannot serve this tensor; the message says why."""
 
 
 def set_backend(name: str) -> None:
@@ -102,7 +114,6 @@ def _why_not_device(index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _why_no_triton_for(device: str, index: int, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot serve a tensor; under torch.compile it is asked for while tracing."""
     reason = _why_not_triton()
@@ -119,6 +130,10 @@ def _why_no_triton_for(device: str, index: int, dtype: torch.dtype) -> str | Non
     return None
 
 
+# What torch.compiler.assume_constant_result does; that would import torch._dynamo, which takes a second.
+_why_no_triton_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _why_no_triton_here() -> str | None:
     """Why Triton can serve no tensor at all."""
     reason = _why_not_triton()
@@ -127,10 +142,31 @@ def _why_no_triton_here() -> str | None:
     return reason
 
 
+def _why_not_compiled(tensor: Tensor | None, op: str | None) -> str | None:
+    """Why compiled kernels cannot serve a tensor, as far as that shows without the compiler."""
+    if op is not None and op not in COMPILED_OPS:
+        return f"{op} has no compiled kernels"
+    if tensor is None:
+        return None
+    if tensor.device.type != "cpu":
+        return f"compiled kernels run on the CPU, the tensor is on {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "compiled kernels compute in float32, the tensor is float64"
+    if tensor.ndim > 1 and tensor.shape[1] > _MOST_CLASSES:
+        return f"compiled kernels serve up to {_MOST_CLASSES} channels, the tensor has {tensor.shape[1]}"
+    return None
+
+
 def why_not(name: str, tensor: Tensor | None = None, op: str | None = None) -> str | None:
-    """Why backend `name` cannot serve `tensor` in `op` (or, without them, anything here); None where it can."""
-    if name == "compiled":
-        return "this version of sure_kernels has no compiled kernels"
+    """Why backend `name` cannot serve `tensor` in `op` (or, without them, anything here); None where it can.
+
+    For `compiled` a small kernel is compiled once a process, unless torch.compile is tracing.
+    """
+    if name == COMPILED:
+        reason = _why_not_compiled(tensor, op)
+        if reason is None and not torch.compiler.is_compiling():
+            reason = inductor.why_not()
+        return reason
     if name != "triton":
         return None
     if op is not None and op not in TRITON_OPS:
@@ -143,7 +179,7 @@ def why_not(name: str, tensor: Tensor | None = None, op: str | None = None) -> s
 
 def backends() -> dict[str, str | None]:
     """Every backend but `auto`, with None where it works here and the reason where it does not."""
-    return {name: why_not(name) for name in BACKENDS if name != "auto"}
+    return {name: why_not(name) for name in BACKENDS if name != AUTO}
 
 
 def get_backend(tensor: Tensor, op: str | None = None) -> str:
@@ -151,12 +187,29 @@ def get_backend(tensor: Tensor, op: str | None = None) -> str:
 
     Raises BackendUnavailableError (a RuntimeError) when one was asked for that cannot.
     """
+    name = dispatch(tensor, op)
+    if name in (AUTO, COMPILED):
+        reason = why_not(COMPILED, tensor, op)
+        if reason is not None and name == COMPILED:
+            raise _unavailable(name, reason)
+        return COMPILED if reason is None else "eager"
+    return name
+
+
+def dispatch(tensor: Tensor, op: str | None = None) -> str:
+    """What the ops are told: as `get_backend`, without trying the compiler. `auto`: compiled kernels, or else eager."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     name = requested()
-    if name == "auto":
-        return "triton" if tensor.device.type == "cuda" and why_not("triton", tensor, op) is None else "eager"
-    reason = why_not(name, tensor, op)
+    if name == AUTO:
+        if tensor.device.type == "cuda" and why_not("triton", tensor, op) is None:
+            return "triton"
+        return AUTO if tensor.numel() >= _WORTH_COMPILING and _why_not_compiled(tensor, op) is None else "eager"
+    reason = _why_not_compiled(tensor, op) if name == COMPILED else why_not(name, tensor, op)
     if reason is not None:
-        raise BackendUnavailableError(f"backend {name!r} cannot serve this tensor: {reason}")
+        raise _unavailable(name, reason)
     return name
+
+
+def _unavailable(name: str, reason: str) -> BackendUnavailableError:
+    return BackendUnavailableError(f"backend {name!r} cannot serve this tensor: {reason}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels import validation as check
-from sure_kernels.backends import get_backend, requested
+from sure_kernels.backends import dispatch, get_backend, requested
 from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.labels import FAR, counted_voxels
 from sure_kernels.kernel_lib.random import normal, uniform
@@ -133,7 +133,7 @@ def gradient_magnitude(
         check.check_choice(channel_reduction, "channel_reduction", CHANNEL_REDUCTIONS),
         check.check_number(eps, "eps"),
     )
-    backend = get_backend(x, "gradient_magnitude")
+    backend = dispatch(x, "gradient_magnitude")
     if backend == "reference":
         return gradient_reference.gradient_magnitude(x, *options)
     return GradientMagnitudeFunction.apply(x, *options, backend)
@@ -173,7 +173,7 @@ def dirichlet_uncertainty(
         check.check_choice(name, "measures", MEASURES)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"measures: expected one or more different names, got {names}")
-    backend = get_backend(z, "dirichlet_uncertainty")
+    backend = dispatch(z, "dirichlet_uncertainty")
     if backend == "reference":
         values = dirichlet_reference.dirichlet_uncertainty(z, evidence=evidence, prior=b, measures=names)
     else:
@@ -240,7 +240,7 @@ def _check_common(
     ignore_index = check.check_int(ignore_index, "ignore_index")
     counted = check.check_mask(mask, n, spatial, z)
     labels = check.check_target(target, z, ignore_index, counted)
-    return _Common(z, labels, counted, ignore_index, formula, weights, get_backend(z, op))
+    return _Common(z, labels, counted, ignore_index, formula, weights, dispatch(z, op))
 
 
 def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor, Tensor, Tensor]:

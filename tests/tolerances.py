@@ -20,3 +20,5 @@ FLOAT32_GRADIENT_LARGE = 2e-5
 # Output rounded to bfloat16 (8 bits) or float16 (11 bits), as a share of the largest entry.
 BFLOAT16 = 2**-8
 FLOAT16 = 2**-11
+# Maps in float32 and their gradients, absolute below 1 and relative above: a few ulp through digamma and its kin.
+FLOAT32_MAPS = 5e-6

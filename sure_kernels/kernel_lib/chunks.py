@@ -7,11 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Measured on two CPU cores: the temporaries of 32k voxels and 4 classes stay in the second-level cache.
-CPU_ELEMENTS = 1 << 17
+# Voxels of a block: pieces begin where one begins, and compiled kernels make one partial sum of each.
+BLOCK = 1024
+# Measured on two CPU cores: pieces of 32k voxels still fit the second-level cache, and torch does not share out among
+# threads what is no larger, which costs more than it brings on so few cores.
+_PIECE, _MANY_THREADS = 1 << 15, 4
+# Classes from which on a piece is made shorter, so that what is kept of each of them still fits.
+_MANY_CLASSES = 8
+# Temporaries of `blocks`: those of 32k voxels stay in the second-level cache.
+_CPU_ELEMENTS = 1 << 17
 # On a GPU launches cost more than memory does.
-GPU_ELEMENTS = 1 << 26
-
+_GPU_ELEMENTS = 1 << 26
 
 # Images and voxels of a piece.
 Place = tuple[slice, slice]
@@ -22,11 +28,16 @@ def flat(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def voxel_slices(x: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """(n, slice) pairs that cover the (N, C, V) map `x` with about `rows` temporaries a voxel in each piece."""
-    budget = CPU_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
-    step = max(1, budget // rows)
-    n, _, v = x.shape
+def voxel_slices(x: Tensor) -> Iterator[tuple[int, slice]]:
+    """(n, slice) pairs that cover the (N, K, V) map `x` in pieces of whole blocks."""
+    n, k, v = x.shape
+    if x.device.type != "cpu":
+        step = _GPU_ELEMENTS // k
+    else:
+        threads = torch.get_num_threads()
+        step = _PIECE if threads < _MANY_THREADS else _PIECE * threads
+        step = step * _MANY_CLASSES // max(k, _MANY_CLASSES)
+    step = max(BLOCK, step // BLOCK * BLOCK)
     for image in range(n):
         for start in range(0, v, step):
             yield image, slice(start, min(start + step, v))
@@ -35,7 +46,7 @@ def voxel_slices(x: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
 def blocks(x: Tensor, rows: int) -> Iterator[Place]:
     """(images, voxels) that cover the (N, V) map `x`, of small images several at a time, with about `rows` temporaries
     a voxel in each piece."""
-    budget = CPU_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
+    budget = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
     n, v = x.shape
     step = min(v, max(1, budget // rows))
     images = max(1, budget // (rows * v))

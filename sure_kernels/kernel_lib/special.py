@@ -3,6 +3,9 @@
 float32 takes the minimax forms (one logarithm and one reciprocal for all of them); float64 takes torch's own.
 `below_one` says that arguments may lie in [1e-3, 1): then one recurrence step comes first,
 digamma(x) = digamma(x + 1) - 1 / x, and so on.
+
+The same functions serve eagerly, where a pass over memory is what costs, and inside torch.compile, where passes fuse
+and arithmetic is what costs: `compiling` marks the few places where the two want different words for the same thing.
 """
 
 from __future__ import annotations
@@ -15,12 +18,37 @@ from sure_kernels.kernel_lib import minimax
 EVIDENCE = ("softplus", "relu", "exp")
 EXP_LIMIT = 10.0
 
+Number = Tensor | float
+
+
+def compiling() -> bool:
+    """Whether torch.compile is tracing."""
+    return torch.compiler.is_compiling()
+
+
+def plus_product(x: Tensor, a: Number, b: Number) -> Tensor:
+    """x + a b, written over x where nothing is traced."""
+    if compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return x + a * b
+    return x.addcmul_(a, b)
+
 
 def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
     result = t * coefficients[0] + coefficients[1]
     for c in coefficients[2:]:
-        result = result * t + c
+        # One pass instead of two: a 0-d tensor is what addcmul takes for a number.
+        result = result * t + c if compiling() else torch.addcmul(_scalar(c, t), result, t, out=result)
     return result
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    key = (value, like.dtype, like.device)
+    if key not in _SCALARS:
+        _SCALARS[key] = torch.tensor(value, dtype=like.dtype, device=like.device)
+    return _SCALARS[key]
+
+
+_SCALARS: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
 
 def _shifted(x: Tensor, below_one: bool) -> tuple[Tensor, Tensor]:
@@ -57,7 +85,7 @@ def trigamma(x: Tensor, below_one: bool) -> Tensor:
     return result + x.reciprocal().square() if below_one else result
 
 
-def kl_term(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
+def kl_term(x: Tensor, b: Number, below_one: bool) -> Tensor:
     """h(x, b) = (x - b) digamma(x) - lgamma(x) - (x - b).
 
     The KL divergence of two Dirichlet distributions is a sum of these; the terms linear in x, which would cancel
@@ -66,6 +94,8 @@ def kl_term(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
     if x.dtype == torch.float64:
         return (x - b) * torch.digamma(x) - torch.lgamma(x) - (x - b)
     y, t = _shifted(x, below_one)
+    if isinstance(b, float) and b == 1.0 and not below_one:
+        return _horner(minimax.W, t) - 0.5 * torch.log(y)
     p, q = _horner(minimax.P, t) * t, _horner(minimax.Q, t)
     if below_one:
         # ln x - L as one logarithm: the two would cancel where x is large.
@@ -74,7 +104,7 @@ def kl_term(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
     return (0.5 - b) * torch.log(y) + (x - b) * p - q + b
 
 
-def kl_term_slope(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
+def kl_term_slope(x: Tensor, b: Number, below_one: bool) -> Tensor:
     """dh/dx = (x - b) trigamma(x) - 1, small where x is large: x trigamma(x) tends to 1, and the 1 is taken off
     inside the polynomial."""
     if x.dtype == torch.float64:
@@ -89,7 +119,11 @@ def kl_term_slope(x: Tensor, b: Tensor | float, below_one: bool) -> Tensor:
 def evidence(z: Tensor, kind: str) -> Tensor:
     """e = act(z) >= 0: softplus, relu, or exp of z clamped to [-10, 10]."""
     if kind == "softplus":
-        return z.clamp_min(0) + torch.log1p(torch.exp(-z.abs()))
+        if not compiling():
+            # Beyond the threshold softplus(z) = z to the last bit.
+            return torch.nn.functional.softplus(z, threshold=40.0 if z.dtype == torch.float64 else 20.0)
+        q = torch.exp(-z.abs())
+        return z.clamp_min(0) + q * _horner(minimax.LOG1P, q)
     if kind == "relu":
         return z.clamp_min(0)
     return torch.exp(z.clamp(-EXP_LIMIT, EXP_LIMIT))
@@ -98,7 +132,12 @@ def evidence(z: Tensor, kind: str) -> Tensor:
 def evidence_slope(z: Tensor, e: Tensor, kind: str) -> Tensor:
     """de / dz, given e = evidence(z, kind)."""
     if kind == "softplus":
-        return torch.sigmoid(z)
+        if not compiling():
+            return torch.sigmoid(z)
+        # Of the exponential that the evidence has taken already.
+        q = torch.exp(-z.abs())
+        r = (1 + q).reciprocal()
+        return torch.where(z >= 0, r, q * r)
     if kind == "relu":
-        return (z > 0).to(z.dtype)
+        return z.clone().gt_(0)
     return torch.where(z.abs() <= EXP_LIMIT, e, 0.0)

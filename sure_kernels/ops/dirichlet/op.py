@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,17 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
+from sure_kernels.kernel_lib.inductor import serve
 from sure_kernels.kernel_lib.launch import gradient_format
-from sure_kernels.ops.dirichlet import closed_form
-
-
-def _implementation(backend: str) -> ModuleType:
-    """The module that computes; the kernel's is imported only here, since triton may be absent."""
-    if backend == "triton":
-        from sure_kernels.ops.dirichlet import kernel
-
-        return kernel
-    return closed_form
+from sure_kernels.ops.dirichlet import closed_form, compiled
 
 
 @torch.library.custom_op("sure_kernels::dirichlet_uncertainty", mutates_args=())
@@ -29,7 +20,12 @@ def dirichlet_forward(
     logits: Tensor, evidence: str, prior: Sequence[float], measures: str, backend: str
 ) -> list[Tensor]:
     """`measures` is comma-separated: schemas have no list of strings."""
-    return _implementation(backend).forward(logits, evidence, tuple(prior), tuple(measures.split(",")))
+    options = (logits, evidence, tuple(prior), tuple(measures.split(",")))
+    if backend == "triton":
+        from sure_kernels.ops.dirichlet import kernel
+
+        return kernel.forward(*options)
+    return serve(backend, compiled.forward, closed_form.forward, *options)
 
 
 @dirichlet_forward.register_fake
@@ -50,7 +46,12 @@ def dirichlet_backward(
     measures: str,
     backend: str,
 ) -> Tensor:
-    return _implementation(backend).backward(list(grads), logits, evidence, tuple(prior), tuple(measures.split(",")))
+    options = (list(grads), logits, evidence, tuple(prior), tuple(measures.split(",")))
+    if backend == "triton":
+        from sure_kernels.ops.dirichlet import kernel
+
+        return kernel.backward(*options)
+    return serve(backend, compiled.backward, closed_form.backward, *options)
 
 
 @dirichlet_backward.register_fake

@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.distributed import all_reduced, world_size
+from sure_kernels.kernel_lib.inductor import serve
 from sure_kernels.kernel_lib.labels import pack_labels
 from sure_kernels.kernel_lib.launch import gradient_format
-from sure_kernels.ops.evidential import closed_form
+from sure_kernels.ops.evidential import closed_form, compiled
 from sure_kernels.ops.evidential.closed_form import Formula, Weights
 
 
@@ -39,7 +40,7 @@ def evidential_sums(
         from sure_kernels.ops.evidential import kernel
 
         return kernel.sums(logits, labels, mask, ignore_index, formula)
-    return closed_form.sums(logits, labels, formula)
+    return serve(backend, compiled.sums, closed_form.sums, logits, labels, formula)
 
 
 @evidential_sums.register_fake
@@ -98,7 +99,7 @@ def evidential_gradient(
 
         return kernel.gradient(logits, labels, mask, ignore_index, coefficients, None, upstream, formula)
     rows = (coefficients * upstream).expand(logits.shape[0], -1)
-    return closed_form.gradient(logits, labels, rows, formula)
+    return serve(backend, compiled.gradient, closed_form.gradient, logits, labels, rows, formula)
 
 
 @evidential_gradient.register_fake

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sure_kernels.ops.gradient_magnitude import closed_form
+from sure_kernels.kernel_lib.inductor import serve
+from sure_kernels.ops.gradient_magnitude import closed_form, compiled
 
 
-def _implementation(backend: str) -> ModuleType:
-    """The module that computes; the kernel's is imported only here, since triton may be absent."""
+def magnitude(
+    image: Tensor, operator: str, spacing: Sequence[float], mode: str, reduction: str, eps: float, backend: str
+) -> Tensor:
+    """`closed_form.forward`, by the backend; the kernel's module is imported only here, as triton may be absent."""
+    options = (image, operator, tuple(spacing), mode, reduction, eps)
     if backend == "triton":
         from sure_kernels.ops.gradient_magnitude import kernel
 
-        return kernel
-    return closed_form
+        return kernel.forward(*options)
+    return serve(backend, compiled.forward, closed_form.forward, *options)
 
 
 @torch.library.custom_op("sure_kernels::gradient_magnitude", mutates_args=())
@@ -32,7 +35,7 @@ def gradient_magnitude_forward(
     eps: float,
     backend: str,
 ) -> Tensor:
-    return _implementation(backend).forward(image, operator, tuple(spacing), padding_mode, channel_reduction, eps)
+    return magnitude(image, operator, spacing, padding_mode, channel_reduction, eps, backend)
 
 
 @gradient_magnitude_forward.register_fake
@@ -53,8 +56,12 @@ def gradient_magnitude_backward(
     eps: float,
     backend: str,
 ) -> Tensor:
-    options = (operator, tuple(spacing), padding_mode, channel_reduction, eps)
-    return _implementation(backend).backward(grad, image, *options)
+    options = (grad, image, operator, tuple(spacing), padding_mode, channel_reduction, eps)
+    if backend == "triton":
+        from sure_kernels.ops.gradient_magnitude import kernel
+
+        return kernel.backward(*options)
+    return serve(backend, compiled.backward, closed_form.backward, *options)
 
 
 @gradient_magnitude_backward.register_fake

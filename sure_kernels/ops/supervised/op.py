@@ -19,13 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.distributed import all_reduced, world_size
+from sure_kernels.kernel_lib.inductor import serve
 from sure_kernels.kernel_lib.labels import BOUNDARY, counted_voxels, pack_labels
 from sure_kernels.kernel_lib.launch import gradient_format
 from sure_kernels.ops.dirichlet.op import dirichlet_forward
 from sure_kernels.ops.evidential import closed_form as evidential
+from sure_kernels.ops.evidential import compiled
 from sure_kernels.ops.evidential.closed_form import Formula, Weights
-from sure_kernels.ops.gradient_magnitude import closed_form as gradient_magnitude
-from sure_kernels.ops.gradient_magnitude.op import gradient_magnitude_forward
+from sure_kernels.ops.gradient_magnitude.op import gradient_magnitude_forward, magnitude
 from sure_kernels.ops.ranking.op import pairwise_ranking
 from sure_kernels.ops.supervised import closed_form
 from sure_kernels.ops.supervised.closed_form import Supervision
@@ -43,11 +44,11 @@ class Filter(NamedTuple):
 
 
 def _magnitude(
-    image: Tensor, operator: str, spacing: Sequence[float], mode: str, reduction: str, cached: bool
+    image: Tensor, operator: str, spacing: Sequence[float], mode: str, reduction: str, cached: bool, backend: str
 ) -> Tensor:
     if cached:
         return image.flatten(1)
-    return gradient_magnitude.forward(image, operator, tuple(spacing), mode, reduction, 0.0).flatten(1)
+    return magnitude(image, operator, spacing, mode, reduction, 0.0, backend).flatten(1)
 
 
 @torch.library.custom_op("sure_kernels::supervised_sums", mutates_args=())
@@ -76,8 +77,8 @@ def supervised_sums(
 
         source = kernel.Source(band, image, (operator, tuple(spacing), padding_mode, channel_reduction), cached)
         return kernel.sums(logits, labels, mask, ignore_index, formula, source)
-    g = _magnitude(image, operator, spacing, padding_mode, channel_reduction, cached)
-    return evidential.sums(logits, labels, formula, g)
+    g = _magnitude(image, operator, spacing, padding_mode, channel_reduction, cached, backend)
+    return serve(backend, compiled.sums, evidential.sums, logits, labels, formula, g)
 
 
 @supervised_sums.register_fake
@@ -150,8 +151,9 @@ def supervised_gradient(
 
         source = kernel.Source(band, image, (operator, tuple(spacing), padding_mode, channel_reduction), cached)
         return kernel.gradient(logits, labels, mask, ignore_index, coefficients, means, upstream, formula, source)
-    g = _magnitude(image, operator, spacing, padding_mode, channel_reduction, cached)
-    return evidential.gradient(logits, labels, coefficients * upstream, formula, g, means)
+    g = _magnitude(image, operator, spacing, padding_mode, channel_reduction, cached, backend)
+    rows = coefficients * upstream
+    return serve(backend, compiled.gradient, evidential.gradient, logits, labels, rows, formula, g, means)
 
 
 @supervised_gradient.register_fake
