@@ -15,9 +15,9 @@ _PIECE, _MANY_THREADS = 1 << 15, 4
 # Classes from which on a piece is made shorter, so that what is kept of each of them still fits.
 _MANY_CLASSES = 8
 # Temporaries of `blocks`: those of 32k voxels stay in the second-level cache.
-_CPU_ELEMENTS = 1 << 17
+CPU_ELEMENTS = 1 << 17
 # On a GPU launches cost more than memory does.
-_GPU_ELEMENTS = 1 << 26
+GPU_ELEMENTS = 1 << 26
 
 # Images and voxels of a piece.
 Place = tuple[slice, slice]
@@ -32,7 +32,7 @@ def voxel_slices(x: Tensor) -> Iterator[tuple[int, slice]]:
     """(n, slice) pairs that cover the (N, K, V) map `x` in pieces of whole blocks."""
     n, k, v = x.shape
     if x.device.type != "cpu":
-        step = _GPU_ELEMENTS // k
+        step = GPU_ELEMENTS // k
     else:
         threads = torch.get_num_threads()
         step = _PIECE if threads < _MANY_THREADS else _PIECE * threads
@@ -46,7 +46,7 @@ def voxel_slices(x: Tensor) -> Iterator[tuple[int, slice]]:
 def blocks(x: Tensor, rows: int) -> Iterator[Place]:
     """(images, voxels) that cover the (N, V) map `x`, of small images several at a time, with about `rows` temporaries
     a voxel in each piece."""
-    budget = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
+    budget = CPU_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
     n, v = x.shape
     step = min(v, max(1, budget // rows))
     images = max(1, budget // (rows * v))
