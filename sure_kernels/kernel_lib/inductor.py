@@ -5,6 +5,10 @@ example, whose sizes along the marked axes stand for any other, so that the code
 first; from then on it runs. What was compiled is kept in Inductor's cache on disk: another process traces the function
 again and finds the rest.
 
+A kernel should be one loop: `grep "omp for"` in the .main.cpp that Inductor leaves in its cache shows one. It splits where
+two steps differ in shape (flatten everything) and where a sum reads a map that was stored. Comparisons of bytes are
+several times slower than those of 32-bit numbers.
+
 No compiler, one that fails, a cache that cannot be written: `CompilerError`, with the reason. `serve` falls back to the
 eager form, with one warning, unless the compiled one was asked for. Nothing is probed or imported before a kernel is
 wanted.
