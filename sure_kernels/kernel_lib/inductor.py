@@ -5,7 +5,7 @@ example, whose sizes along the marked axes stand for any other, so that the code
 first; from then on it runs. What was compiled is kept in Inductor's cache on disk: another process traces the function
 again and finds the rest.
 
-A kernel should be one loop: `grep "omp for"` in the .main.cpp that Inductor leaves in its cache shows one. It splits where
+A kernel should be one loop: `grep "omp for"` in the .main.cpp that Inductor leaves in its cache. It splits where
 two steps differ in shape (flatten everything) and where a sum reads a map that was stored. Comparisons of bytes are
 several times slower than those of 32-bit numbers.
 

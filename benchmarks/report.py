@@ -1,0 +1,165 @@
+"""Results as a page, a plot and a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.registry import HEADLINE, OURS
+from sure.files import write_text
+
+PAGE = results.ROOT / "benchmarks" / "RESULTS.md"
+PLOTS = results.ROOT / "docs" / "images"
+Row = dict[str, Any]
+
+
+def _form(row: Row) -> str:
+    return f"{row['form']} ({row['backend']})" if "backend" in row else row["form"]
+
+
+def _milliseconds(seconds: float) -> str:
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.2g} ms"
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [
+        "| op | shape | form | forward | backward | both (fastest to slowest) | kept | peak | GB/s | of copying |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        shape = "x".join(map(str, row["shape"])) + ("" if row["dtype"] == "float32" else f" {row['dtype']}")
+        begin = f"| `{row['op']}` | {shape} | {_form(row)} |"
+        if "absent" in row:
+            lines.append(f"{begin} {row['absent']} | | | | | | |")
+            continue
+        both = row["both"]
+        parts = [_milliseconds(row[part]["median"]) if part in row else "" for part in ("forward", "backward")]
+        spread = f"{_milliseconds(both['fastest'])} to {_milliseconds(both['slowest'])}"
+        kept = f"{row['kept']:.2f}" if "kept" in row else ""
+        lines.append(
+            f"{begin} {parts[0]} | {parts[1]} | {_milliseconds(both['median'])} ({spread}) | {kept} | {row['peak']:.2f} "
+            f"| {row['gigabytes_per_second']:.1f} | {100 * row['share_of_copy']:.0f} % |"
+        )
+    return lines
+
+
+def _headline(rows: Iterable[Row]) -> list[Row]:
+    size = HEADLINE.shape[0] ** 3
+    return [
+        row
+        for row in rows
+        if row["sweep"] == "volume" and row["dtype"] == "float32" and _voxels(row) == size and "absent" not in row
+    ]
+
+
+def _voxels(row: Row) -> int:
+    n, *rest = row["shape"]
+    spatial = rest if len(rest) in (1, 2) else rest[-3:]
+    count = n
+    for size in spatial:
+        count *= size
+    return count
+
+
+def page(files: Iterable[Path]) -> str:
+    """RESULTS.md: every file's machine, its headline and all of its rows."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python -m benchmarks plot` from the files in `results/`; do not edit. Times are medians. *Kept* is what",
+        "autograd holds for backward and *peak* the most that was held beyond the arguments, both in units of the first",
+        "argument. *GB/s* counts what forward and backward must read and write; *of copying* is its share of the bandwidth",
+        "of a plain copy, measured in the same run: the floor of an op that memory binds.",
+    ]
+    for path in files:
+        found = results.read(path)
+        machine = found["machine"]
+        where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        versions = ", ".join(
+            f"{name} {machine[name]}"
+            for name in ("python", "torch", "triton", "monai")
+            if machine.get(name, "-") != "-"
+        )
+        lines += [
+            *("", f"## {where}", ""),
+            f"{machine['date']}, commit {machine['commit']}, {versions}; a copy moves "
+            f"{machine['copy_bandwidth'] / 1e9:.1f} GB/s.",
+            *("", *table(_headline(found["rows"])), ""),
+            f"![Time against volume](../docs/images/{_plot_name(path)})",
+            "",
+        ]
+        if "training" in found:
+            lines += [*_training(found["training"]), ""]
+        lines += ["<details><summary>All rows</summary>", "", *table(found["rows"]), "", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    if "absent" in found:
+        return [f"A training step was not measured: {found['absent']}."]
+    return [
+        f"A training step of {found['network']} on patches {'x'.join(map(str, found['shape']))}: "
+        + "; ".join(
+            f"with the {name} loss {_milliseconds(part['step'])}, {100 * part['share']:.1f} % of it the loss"
+            for name, part in found.items()
+            if isinstance(part, dict)
+        )
+        + "."
+    ]
+
+
+def _plot_name(path: Path) -> str:
+    return f"benchmark-{path.stem}.png"
+
+
+def plot(path: Path, folder: Path = PLOTS) -> Path:
+    """Time against volume, one panel an op; the file's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in results.read(path)["rows"] if row["sweep"] == "volume" and "absent" not in row]
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    figure, axes = pyplot.subplots(-(-len(ops) // 3), 3, figsize=(13, 3.6 * -(-len(ops) // 3)), squeeze=False)
+    for axis in axes.flat[len(ops) :]:
+        axis.set_axis_off()
+    for op, axis in zip(ops, axes.flat, strict=False):
+        for form in dict.fromkeys(row["form"] for row in rows if row["op"] == op):
+            points = sorted((_voxels(r), r["both"]["median"]) for r in rows if r["op"] == op and r["form"] == form)
+            style = {"linewidth": 2.5, "color": "black"} if form == OURS else {"linewidth": 1.0}
+            axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=form, **style)
+        axis.set(title=op, xlabel="voxels", ylabel="seconds")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / _plot_name(path)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+    return out
+
+
+def write_page() -> list[Path]:
+    """Plots and RESULTS.md from every recorded file; what was written."""
+    files = sorted(results.FOLDER.glob("*.json"))
+    written = [plot(path) for path in files]
+    write_text(PAGE, page(files))
+    return [*written, PAGE]
+
+
+def compare(before: Path, after: Path) -> list[tuple[str, float]]:
+    """(row, after / before) of the median time of both, for every row that two files share."""
+
+    def medians(path: Path) -> dict[str, float]:
+        return {
+            f"{r['op']} | {r['form']} | {'x'.join(map(str, r['shape']))} {r['dtype']}": r["both"]["median"]
+            for r in results.read(path)["rows"]
+            if "both" in r
+        }
+
+    old, new = medians(before), medians(after)
+    return [(key, new[key] / old[key]) for key in old if key in new]
