@@ -41,8 +41,8 @@ def table(rows: Iterable[Row]) -> list[str]:
         spread = f"{_milliseconds(both['fastest'])} to {_milliseconds(both['slowest'])}"
         kept = f"{row['kept']:.2f}" if "kept" in row else ""
         lines.append(
-            f"{begin} {parts[0]} | {parts[1]} | {_milliseconds(both['median'])} ({spread}) | {kept} | {row['peak']:.2f} "
-            f"| {row['gigabytes_per_second']:.1f} | {100 * row['share_of_copy']:.0f} % |"
+            f"{begin} {parts[0]} | {parts[1]} | {_milliseconds(both['median'])} ({spread}) | {kept} "
+            f"| {row['peak']:.2f} | {row['gigabytes_per_second']:.1f} | {100 * row['share_of_copy']:.0f} % |"
         )
     return lines
 
@@ -70,10 +70,10 @@ def page(files: Iterable[Path]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m benchmarks plot` from the files in `results/`; do not edit. Times are medians. *Kept* is what",
-        "autograd holds for backward and *peak* the most that was held beyond the arguments, both in units of the first",
-        "argument. *GB/s* counts what forward and backward must read and write; *of copying* is its share of the bandwidth",
-        "of a plain copy, measured in the same run: the floor of an op that memory binds.",
+        "Made by `python -m benchmarks plot` from the files in `results/`; do not edit. Times are medians. *Kept* is",
+        "what autograd holds for backward and *peak* the most that was held beyond the arguments, both in units of the",
+        "first argument. *GB/s* counts what forward and backward must read and write; *of copying* is its share of the",
+        "bandwidth of a plain copy, measured in the same run: the floor of an op that memory binds.",
     ]
     for path in files:
         found = results.read(path)

@@ -1,0 +1,107 @@
+"""The benchmarks' machinery: what is measured, what a file of results holds, when one may be recorded."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import measure, report, results
+from benchmarks.registry import CASES, OURS, Case, Setting, forms_of
+from benchmarks.run import measure_all
+
+TINY = Setting("volume", 1, 3, (16, 16, 20), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Two forms at one size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_COPIED", 1 << 20)
+        patch.setattr(measure, "_REPEATS", 2)
+        patch.setattr("benchmarks.run.QUICK", (TINY,))
+        missing: Callable = lambda: __import__("no_such_package")
+        case = next(c for c in CASES if c.op == "evidential_loss")
+        peers = {"textbook": case.peers["textbook"], "somebody's": missing}
+        small = Case(case.op, case.example, case.ours, peers, case.traffic)
+        patch.setattr("benchmarks.run.CASES", (small,))
+        return measure_all(torch.device("cpu"), quick=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+def test_every_case_runs(case):
+    """Ours and the rivals that are quick to make take the same arguments."""
+    args, kwargs = case.example(torch.Generator().manual_seed(0), TINY)
+    for name, load in forms_of(case).items():
+        if "torch.compile" not in name:
+            assert load()(*args, **kwargs) is not None, name
+    assert case.traffic(args) > 0
+
+
+def test_rows(found):
+    results.check(found)
+    ours, textbook, missing = found["rows"]
+    assert ours["form"] == OURS
+    assert ours["backend"] == "eager"
+    assert ours["kept"] <= 1.1 < textbook["kept"]
+    assert 0 < ours["both"]["fastest"] <= ours["both"]["median"] <= ours["both"]["slowest"]
+    assert ours["peak"] > 0
+    assert missing["absent"].startswith("ModuleNotFoundError: No module named 'no_such_package'")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: r.update(schema=0), "schema: expected 1, got 0"),
+        (lambda r: r["machine"].pop("commit"), "machine: commit is missing"),
+        (lambda r: r["rows"][0].pop("dtype"), r"rows\[0\]: dtype is missing"),
+        (lambda r: r["rows"][0].update(kept="much"), r"rows\[0\].kept: expected float, got 'much'"),
+        (lambda r: r["rows"][0]["both"].pop("median"), r"rows\[0\].both: median is missing"),
+        (lambda r: r["rows"][0].pop("both"), r"rows\[0\]: expected either `both` or `absent`"),
+        (lambda r: r["rows"][0].update(speed=1.0), r"rows\[0\]: unknown field speed"),
+    ],
+)
+def test_schema(found, damage, message):
+    broken = copy.deepcopy(found)
+    damage(broken)
+    with pytest.raises(ValueError, match=message):
+        results.check(broken)
+
+
+def test_page_plot_and_comparison(found, tmp_path):
+    path = tmp_path / "this-machine.json"
+    results.write(found, path)
+    assert results.read(path) == found
+    page = report.page([path])
+    assert "| `evidential_loss` | 1x3x16x16x20 | textbook |" in page
+    assert "No module named" in page
+    assert report.plot(path, tmp_path).stat().st_size > 1000
+    slower = copy.deepcopy(found)
+    slower["rows"][0]["both"]["median"] *= 3
+    results.write(slower, tmp_path / "later.json")
+    ratios = dict(report.compare(path, tmp_path / "later.json"))
+    assert sorted(ratios.values()) == pytest.approx([1.0, 3.0])
+    assert command.main(["compare", str(path), str(tmp_path / "later.json")]) == 1
+    assert command.main(["compare", str(path), str(path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "tests", "reason"), [(" M README.md\n", 0, "changes that no commit holds"), ("", 1, "tests are red")]
+)
+def test_nothing_is_recorded_of_a_red_or_dirty_tree(monkeypatch, capsys, status, tests, reason):
+    def run(arguments, **_):
+        return subprocess.CompletedProcess(arguments, 0 if arguments[0] == "git" else tests, status, "")
+
+    monkeypatch.setattr(results.subprocess, "run", run)
+    monkeypatch.setattr(command, "measure_all", lambda *_, **__: pytest.fail("measured all the same"))
+    assert command.main(["run", "--record"]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_recorded_results_are_sound():
+    for path in results.FOLDER.glob("*.json"):
+        results.read(path)
