@@ -1,8 +1,9 @@
-"""`python -m benchmarks run | plot | compare`: time and memory of the ops against what a user would run instead.
+"""`python -m benchmarks run | plot | profile | compare`: time and memory of the ops against what a user would run instead.
 
 python -m benchmarks run --largest 128            # print; --out FILE.json keeps it
 python -m benchmarks run --record                 # green tests and a clean tree: benchmarks/results/MACHINE.json
 python -m benchmarks plot                         # benchmarks/RESULTS.md and plots from all recorded files
+python -m benchmarks profile --size 256           # where the time of one op goes
 python -m benchmarks compare OLD.json NEW.json
 """
 
@@ -16,7 +17,7 @@ import torch
 
 from benchmarks import report, results
 from benchmarks.registry import CASES
-from benchmarks.run import measure_all
+from benchmarks.run import kernel_profile, measure_all
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -40,6 +41,11 @@ def _run(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     for path in report.write_page():
         print(f"written: {path}")
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    print(kernel_profile(torch.device(options.device), options.op, options.size, options.out))
     return 0
 
 
@@ -68,6 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     run.set_defaults(command=_run)
     plot = commands.add_parser("plot", help="make RESULTS.md and the plots")
     plot.set_defaults(command=_plot)
+    profile = commands.add_parser("profile", help="where the time of a large case goes, kernel by kernel")
+    profile.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    profile.add_argument("--op", default="supervised_evidential_loss", choices=[case.op for case in CASES])
+    profile.add_argument("--size", type=int, default=256, help="voxels along each axis")
+    profile.add_argument("--out", type=Path, help="write the trace, for chrome://tracing or Perfetto")
+    profile.set_defaults(command=_profile)
     compare = commands.add_parser("compare", help="two files, row by row; fails where something became slower")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sure_kernels as sk
 from benchmarks import measure, results, training
-from benchmarks.registry import CASES, OURS, QUICK, SETTINGS, Case, Function, Setting, forms_of
+from benchmarks.registry import CASES, OURS, QUICK, SETTINGS, Case, Function, Setting, case_of, forms_of
 
 # Bytes that a form may need at its peak, as a multiple of its first argument, before it is tried at all.
 _ASSUMED_PEAK = 14
@@ -113,6 +113,23 @@ def measure_all(
         if out is not None:
             results.write(found, out)
     return found
+
+
+def kernel_profile(device: torch.device, op: str, size: int, out: Path | None) -> str:
+    """A table of what ours spends its time in, forward and backward; `out` gets the trace."""
+    case = case_of(op)
+    args, kwargs = _arguments(case, Setting("profile", 1, 4, (size,) * 3, torch.float32), device)
+    measure.once(case.ours, args, kwargs, case.differentiable)  # compile, and fill caches
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        measure.once(case.ours, args, kwargs, case.differentiable)
+        measure.synchronise(device)
+    if out is not None:
+        profile.export_chrome_trace(str(out))
+    order = f"self_{device.type}_time_total"
+    return profile.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
 
 
 def _arguments(case: Case, setting: Setting, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
