@@ -32,7 +32,7 @@ compile-check: venv ## compile every kernel for four GPU families, with every pa
 compile-check-full: venv ## every triple of flags and every K (an hour); writes docs/compile-check.md
 	$(BIN)/python -m sure_kernels.compile_check --full --output docs/compile-check.md
 
-gpu-check: venv ## on a machine with a GPU: kernel tests compiled, then the benchmarks
+gpu-check: venv ## on a machine with a GPU, in nine minutes: kernel tests compiled, timings, a profile
 	PATH=$(abspath $(BIN)):$$PATH scripts/gpu_check.sh
 
 lint: venv ## ruff (lint and format) and mypy
@@ -44,8 +44,9 @@ format: venv ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv ## time the losses on this machine
-	$(BIN)/python -m benchmarks
+bench: venv ## time the ops on this machine and make benchmarks/RESULTS.md: needs green tests and a clean tree
+	$(BIN)/python -m benchmarks run --record
+	$(BIN)/python -m benchmarks plot
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | plot | profile | compare`: time and memory of the ops against what a user would run instead.
+"""`python -m benchmarks run | plot | profile | compare`: the ops against what a user would run instead.
 
 python -m benchmarks run --largest 128            # print; --out FILE.json keeps it
 python -m benchmarks run --record                 # green tests and a clean tree: benchmarks/results/MACHINE.json

@@ -83,15 +83,20 @@ def kept(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[st
     return sum(seen.values()) / leaf.untyped_storage().nbytes()
 
 
+def once(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[str, Any], differentiable: bool) -> None:
+    """Forward and, where there is one, backward."""
+    out = function(_leaf(args, differentiable), *args[1:], **kwargs)
+    if differentiable:
+        _total(out).backward()
+
+
 def peak(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[str, Any], differentiable: bool) -> float:
     """Most bytes that torch's allocators held beyond the arguments, in units of the first argument."""
-    leaf = _leaf(args, differentiable)
+    leaf = args[0]
     gc.collect()
 
     def run() -> None:
-        out = function(leaf, *args[1:], **kwargs)
-        if differentiable:
-            _total(out).backward()
+        once(function, args, kwargs, differentiable)
 
     if leaf.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(leaf.device)
@@ -107,7 +112,6 @@ def peak(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[st
             if event.name() == "[memory]":
                 held += event.nbytes()
                 most = max(most, held)
-    leaf.grad = None
     return most / leaf.untyped_storage().nbytes()
 
 
