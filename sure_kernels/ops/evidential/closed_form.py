@@ -217,9 +217,9 @@ def _is_zero(x: Number) -> bool:
 
 def _total(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """The sum of x, weighted where there is a weight."""
-    if weight is None:
-        return x.sum(dtype=torch.float64 if compiling() else None)
-    return (x * weight).sum(dtype=torch.float64) if compiling() else torch.dot(x, weight)
+    # Not torch.dot: it starts a team of threads for every piece, however small.
+    product = x if weight is None else x * weight
+    return product.sum(dtype=torch.float64 if compiling() else None)
 
 
 def sums_of(piece: Piece, supervised: Supervised | None, formula: Formula, c: Constants) -> list[Tensor]:
