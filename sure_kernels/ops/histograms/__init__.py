@@ -1,0 +1,1 @@
+"""Histograms of probabilities and of uncertainty: one pass, from which calibration and error detection follow."""

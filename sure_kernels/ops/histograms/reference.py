@@ -1,0 +1,161 @@
+"""Histograms from their definitions: whole volumes, edges searched for, one class at a time.
+
+**Fine bins** hold a probability or an uncertainty v. Their edges, all in [0, 1], are
+
+- below 1/2 those of a small floating-point number: steps of 2^-22 up to 2^-15, then 128 equal steps an octave;
+- above 1/2 the mirror image, so that maps crowded near 0 and maps crowded near 1 are resolved alike;
+- the thresholds 0.01, 0.02, ..., 0.99 of the uncertainty-error overlap, which is therefore exact.
+
+A bin holds its lower edge below 1/2 and its upper edge above; a threshold belongs to the bin below it, so that
+v > t is a union of bins. What lies outside [0, 1] falls in the first and the last bin.
+
+**Reliability bins** are num_bins equal parts of [0, 1 + 1e-8], the published form: p falls in floor(p num_bins /
+(1 + 1e-8)), the last one at most.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sure_kernels.kernel_lib.labels import counted_voxels
+
+MANTISSA_BITS, OCTAVES = 7, 14
+STEPS = 1 << MANTISSA_BITS
+HALF = (OCTAVES + 1) * STEPS
+"""Fine bins below 1/2, thresholds aside."""
+THRESHOLDS = 99
+BINS = 2 * HALF + THRESHOLDS
+RELIABILITY_RANGE = 1 + 1e-8
+
+
+@functools.cache
+def half_edges() -> Tensor:
+    """The inner edges below 1/2, ascending: float64 (HALF - 1,)."""
+    step = torch.arange(STEPS, dtype=torch.float64)
+    linear = step[1:] * 2.0 ** (-OCTAVES - 1 - MANTISSA_BITS)
+    octaves = [(1 + step / STEPS) * 2.0 ** (i - OCTAVES - 1) for i in range(OCTAVES)]
+    return torch.cat([linear, *octaves])
+
+
+@functools.cache
+def thresholds() -> Tensor:
+    """0.01, 0.02, ..., 0.99: float64."""
+    return torch.arange(1, THRESHOLDS + 1, dtype=torch.float64) / (THRESHOLDS + 1)
+
+
+@functools.cache
+def edges() -> Tensor:
+    """All edges of the fine bins, 0 and 1 included: float64 (BINS + 1,), ascending."""
+    half = half_edges()
+    ends = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    return torch.cat([ends, half, 1 - half, thresholds()]).sort().values
+
+
+def fine_bin(v: Tensor) -> Tensor:
+    """The fine bin of each value, int64; NaN goes anywhere."""
+    v = v.double()
+    half = half_edges().to(v.device)
+    below = torch.bucketize(v, half, right=True)
+    above = 2 * HALF - 1 - torch.bucketize(1 - v, half, right=True)
+    return torch.where(v < 0.5, below, above) + torch.bucketize(v, thresholds().to(v.device))
+
+
+def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
+    """The reliability bin of each probability, int64."""
+    return (p.double() * (num_bins / RELIABILITY_RANGE)).long().clamp(0, num_bins - 1)
+
+
+def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fine histograms of `value` where each `flag` is False and where it is True.
+
+    Args:
+        value: (N, V).
+        flag: boolean (N, C, V).
+        counted: boolean (N, V), or None where every value counts.
+
+    Returns:
+        int64 (N, C, 2, BINS), and the number of counted NaN, int64 (N,); those are in no histogram.
+    """
+    counts = torch.zeros((*flag.shape[:2], 2, BINS), dtype=torch.int64, device=value.device)
+    undefined = torch.zeros(value.shape[0], dtype=torch.int64, device=value.device)
+    for n, v in enumerate(value):
+        chosen = torch.ones_like(v, dtype=torch.bool) if counted is None else counted[n]
+        undefined[n] = (v.isnan() & chosen).sum()
+        chosen = chosen & ~v.isnan()
+        for c in range(flag.shape[1]):
+            for side in (0, 1):
+                bins = fine_bin(v[chosen & (flag[n, c] == bool(side))])
+                counts[n, c, side] = torch.bincount(bins, minlength=BINS)
+    return counts, undefined
+
+
+def segmentation_histograms(
+    probability: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    uncertainty: Tensor | None,
+    ignore_index: int,
+    num_bins: int,
+    fine: bool,
+) -> tuple[Tensor, ...]:
+    """All sums from which the metrics follow; entry k < K stands for class k, entry K for the top label.
+
+    The top label is the most probable class (the first of equals); it is hit where it is the target. Class k is hit
+    where the target is k, and wrong where just one of top label and target is k. A voxel with a NaN probability is
+    only counted as such, one with a NaN uncertainty is left out of the uncertainty's histograms alone.
+
+    Args:
+        probability: (N, K, *spatial).
+        target: integers (N, *spatial).
+        mask: boolean (N, *spatial), or None.
+        uncertainty: (N, *spatial), or None.
+        ignore_index: label of voxels that don't count.
+        num_bins: reliability bins.
+        fine: whether the confidence's fine histograms are wanted.
+
+    Returns:
+        reliability: float64 (N, K + 1, 3, num_bins), sums of confidence, of hits and of voxels per reliability bin.
+        confidence: int64 (N, K + 1, 2, BINS), fine histograms of the confidence of misses and hits; 0 bins if not
+            `fine`.
+        uncertainty: int64 (N, K + 1, 2, BINS), fine histograms of the uncertainty where right and where wrong; 0 bins
+            without uncertainty.
+        loss: float64 (N, 2, K), sums of (p_k - y_k)^2, and of -ln p_k over the voxels of class k.
+        undefined: int64 (N, 2), counted voxels with a NaN probability and, of the others, with a NaN uncertainty.
+    """
+    n, k = probability.shape[:2]
+    p, label = probability.double().flatten(2), target.long().flatten(1)
+    counted = counted_voxels(target, ignore_index).flatten(1)
+    if mask is not None:
+        counted = counted & mask.flatten(1)
+    broken = p.isnan().any(1)
+    undefined = (broken & counted).sum(1)
+    counted = counted & ~broken
+    y = label[:, None] == torch.arange(k, device=p.device)[:, None]
+    top = p.where(~broken[:, None], 0).max(1)
+    confidence = torch.cat([p, top.values[:, None]], 1)
+    hit = torch.cat([y, (top.indices == label)[:, None]], 1)
+
+    reliability = torch.zeros((n, k + 1, 3, num_bins), dtype=torch.float64, device=p.device)
+    for b in range(num_bins):
+        inside = (reliability_bin(confidence, num_bins) == b) & counted[:, None]
+        terms = torch.stack([confidence, hit.double(), torch.ones_like(confidence)], 2)
+        reliability[..., b] = terms.where(inside[:, :, None], 0).sum(-1)
+
+    squares = (p - y.double()).square().where(counted[:, None], 0).sum(-1)
+    log_loss = (-p.log()).where(counted[:, None] & y, 0).sum(-1)
+
+    none = torch.zeros((n, k + 1, 2, 0), dtype=torch.int64, device=p.device)
+    counts, detection, without = none, none, torch.zeros_like(undefined)
+    if fine:
+        counts = torch.cat(
+            [binary_histogram(confidence[:, i], hit[:, i : i + 1], counted)[0] for i in range(k + 1)], 1
+        )
+    if uncertainty is not None:
+        top_label = top.indices[:, None] == torch.arange(k, device=p.device)[:, None]
+        wrong = torch.cat([top_label ^ y, ~hit[:, -1:]], 1)
+        detection, without = binary_histogram(uncertainty.flatten(1), wrong, counted)
+    loss = torch.stack([squares, log_loss], 1)
+    return reliability, counts, detection, loss, torch.stack([undefined, without], 1)
