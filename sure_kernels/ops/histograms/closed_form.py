@@ -1,12 +1,14 @@
 """The histograms in one sweep over cache-sized pieces: nothing of full size is held but the inputs.
 
 The fine bin of v comes from its bits. With w = min(v, 1 - v), which is exact, the exponent and the leading seven bits of
-the mantissa count steps of an octave, and w 2^22 those below the lowest octave; the larger of the two (the second held at
-its largest) is the bin. For v <= 1/2 thresholds below v are ceil(100 v) - 1: 100 v is exact in float64 for narrower
-types, and float64 itself is compared with the thresholds on both sides.
+the mantissa count steps of an octave, and w 2^22 those below the lowest octave; the larger of the two (the second held
+at its largest) is the bin, mirrored above 1/2. Thresholds below v are ceil(100 v) - 1: 100 v is exact in float64 for
+narrower types, and float64 itself is compared with the thresholds on both sides.
 
 Voxels that don't count are taken out of a piece before anything else, so that no sum needs a weight. Wrong voxels are
-few: the histograms of each class's errors read those alone.
+few: the histograms of each class's errors read those alone. Pieces are small enough for torch to run every step in the
+calling thread: starting and joining threads for steps of 20 microseconds costs more than it saves, and far more where
+other processes want the cores.
 """
 
 from __future__ import annotations
@@ -28,29 +30,35 @@ from sure_kernels.ops.histograms.reference import (
 
 # (integer of the same width, stored mantissa bits, exponent bias)
 _LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
+# Rows of a piece for `voxel_slices` and each map in it: 32768 numbers, from which on torch starts threads.
+_ROWS = 4
 
 
-def fine_bin(v: Tensor) -> Tensor:
-    """The fine bin of float32 or float64 values, int32; NaN goes anywhere."""
+def magnitude_bin(v: Tensor) -> Tensor:
+    """The fine bin of float32 or float64 values among those without thresholds, int32; NaN goes anywhere."""
     integer, mantissa, bias = _LAYOUT[v.dtype]
     upper = v >= 0.5
-    w = torch.where(upper, 1 - v, v).clamp_(min=0)
+    w = torch.minimum(v, 1 - v)
     first_octave = (bias - OCTAVES - 1) << MANTISSA_BITS
-    octave = (w.view(integer) >> (mantissa - MANTISSA_BITS)) - (first_octave - STEPS)
-    linear = w.mul_(2.0 ** (OCTAVES + 1 + MANTISSA_BITS)).clamp_(max=STEPS).to(torch.int32)
-    half = torch.maximum(octave.to(torch.int32), linear).clamp_(max=HALF - 1)
-    code = torch.where(upper, 2 * HALF - 1 - half, half)
-    return code.add_(_thresholds_below(v))
+    octave = (w.view(integer) >> (mantissa - MANTISSA_BITS)).sub_(first_octave - STEPS).to(torch.int32)
+    linear = w.mul_(2.0 ** (OCTAVES + 1 + MANTISSA_BITS)).clamp_(-1, STEPS).to(torch.int32)
+    half = torch.maximum(octave, linear, out=octave).clamp_(0, HALF - 1)
+    return torch.where(upper, 2 * HALF - 1 - half, half)
 
 
-def _thresholds_below(v: Tensor) -> Tensor:
+def thresholds_below(v: Tensor) -> Tensor:
     """#{i in 1..99: i / 100 < v}, int32."""
     hundred = THRESHOLDS + 1
     below = (v.double() * hundred).ceil_().sub_(1).clamp_(0, THRESHOLDS)
     if v.dtype == torch.float64:  # 100 v was rounded: it may have met, or passed, a threshold
-        below = below + ((below < THRESHOLDS) & (v > (below + 1) / hundred)).double()
-        below = below - ((below > 0) & (v <= below / hundred)).double()
+        below += ((below < THRESHOLDS) & (v > (below + 1) / hundred)).double()
+        below -= ((below > 0) & (v <= below / hundred)).double()
     return below.to(torch.int32)
+
+
+def fine_bin(v: Tensor) -> Tensor:
+    """The fine bin of float32 or float64 values, int32; NaN goes anywhere."""
+    return magnitude_bin(v).add_(thresholds_below(v))
 
 
 def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
@@ -58,26 +66,31 @@ def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
     return (p * (num_bins / RELIABILITY_RANGE)).long().clamp_(0, num_bins - 1)
 
 
-def _counts(bins: Tensor, flag: Tensor) -> Tensor:
-    """(2, BINS) of the bins (c,) where `flag` (c,) is False and True."""
-    return torch.bincount(bins.add(flag, alpha=BINS), minlength=2 * BINS).view(2, BINS)
+def _tally(counts: Tensor, index: Tensor, ones: Tensor) -> None:
+    """counts.flatten()[index] += 1, for every one of the indices."""
+    index = index.flatten().long()
+    counts.view(-1).scatter_add_(0, index, ones[: index.numel()])
 
 
 def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """`reference.binary_histogram`."""
     counts = torch.zeros((*flag.shape[:2], 2, BINS), dtype=torch.int64, device=value.device)
     undefined = torch.zeros(value.shape[0], dtype=torch.int64, device=value.device)
-    for n, voxels in voxel_slices(value[:, None], 4):
+    ones = None
+    for n, voxels in voxel_slices(value[:, None], _ROWS):
         v, flags = value[n, voxels].to(working_dtype(value.dtype)), flag[n, :, voxels]
-        chosen = torch.ones_like(v, dtype=torch.bool) if counted is None else counted[n, voxels]
-        broken = v.isnan() & chosen
-        undefined[n] += broken.sum()
-        chosen = chosen & ~broken
+        chosen = ~v.isnan()
+        if counted is not None:
+            chosen &= counted[n, voxels]
+            undefined[n] += counted[n, voxels].sum() - chosen.sum()
+        else:
+            undefined[n] += v.numel() - chosen.sum()
         if not bool(chosen.all()):
             v, flags = v[chosen], flags[:, chosen]
         bins = fine_bin(v)
+        ones = torch.ones_like(bins, dtype=torch.int64) if ones is None else ones
         for c, wrong in enumerate(flags):
-            counts[n, c] += _counts(bins, wrong)
+            _tally(counts[n, c], bins.add(wrong, alpha=BINS), ones)
     return counts, undefined
 
 
@@ -96,18 +109,18 @@ def segmentation_histograms(
     p_flat, label_flat = flat(probability), target.flatten(1)
     mask_flat = None if mask is None else mask.flatten(1)
     u_flat = None if uncertainty is None else uncertainty.flatten(1)
-    dtype = working_dtype(probability.dtype)
+    magnitudes = 2 * HALF if fine else 0
 
-    sums = torch.zeros((n, (k + 1) * num_bins), dtype=torch.float64, device=device)
-    tallies = torch.zeros((n, (k + 1) * num_bins * 2), dtype=torch.int64, device=device)
-    confidence = torch.zeros((n, k + 1, 2, BINS if fine else 0), dtype=torch.int64, device=device)
-    wrong_of_class = torch.zeros((n, k, BINS), dtype=torch.int64, device=device)
-    detection = torch.zeros((n, 2, BINS), dtype=torch.int64, device=device)
-    loss = torch.zeros((n, 2, k), dtype=torch.float64, device=device)
-    undefined = torch.zeros((n, 2), dtype=torch.int64, device=device)
-    row = torch.arange(k + 1, device=device)[:, None]
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros((n, *shape), dtype=dtype, device=device)
 
-    for image, voxels in voxel_slices(p_flat, k):
+    sums, tallies = zeros(k + 1, num_bins, dtype=torch.float64), zeros(k + 1, num_bins, 2)
+    confidence, loss = zeros(k + 1, 2, magnitudes), zeros(2, k, dtype=torch.float64)
+    errors, wrong_of_class, undefined = zeros(2, BINS), zeros(k, BINS), zeros(2)
+    row = torch.arange(k + 1, dtype=torch.int32, device=device)[:, None]
+    ones: Tensor | None = None
+
+    for image, voxels in voxel_slices(p_flat, _ROWS * (k + 1)):
         p, label = p_flat[image, :, voxels], label_flat[image, voxels]
         u = None if u_flat is None else u_flat[image, voxels]
         counted = counted_voxels(label, ignore_index)
@@ -120,40 +133,44 @@ def segmentation_histograms(
         if not bool(counted.all()):
             p, label = p[:, counted], label[counted]
             u = None if u is None else u[counted]
+        if not label.numel():
+            continue
 
         label = label.long()
         top = p.max(0)
-        q = torch.cat([p, top.values[None]]).to(dtype)
+        q = torch.cat([p, top.values[None]]).to(working_dtype(p.dtype))
         hit = torch.cat([label == row[:k], (top.indices == label)[None]])
+        if ones is None:  # the first piece is the largest
+            ones = torch.ones((k + 1) * (voxels.stop - voxels.start), dtype=torch.int64, device=device)
         exact = q.double()
-        bins = reliability_bin(exact, num_bins).add_(row * num_bins).flatten()
-        sums[image] += torch.bincount(bins, exact.flatten(), minlength=sums.shape[1])
-        tallies[image] += torch.bincount(bins * 2 + hit.flatten(), minlength=tallies.shape[1])
+        bins = reliability_bin(exact, num_bins).add_(row * num_bins)
+        sums[image].view(-1).scatter_add_(0, bins.flatten(), exact.flatten())
+        _tally(tallies[image], bins.mul_(2).add_(hit), ones)
         if fine:
-            code = (fine_bin(q) + row * (2 * BINS)).add_(hit, alpha=BINS)
-            confidence[image] += torch.bincount(code.flatten(), minlength=confidence[image].numel()).view(-1, 2, BINS)
-        own = exact[:k].gather(0, label[None])[0]
-        loss[image, 1] -= torch.bincount(label, own.log(), minlength=k)
-        loss[image, 0] += exact[:k].sub_(hit[:k].double()).square_().sum(1)
+            _tally(confidence[image], magnitude_bin(q).add_(hit, alpha=magnitudes).add_(row * (2 * magnitudes)), ones)
+        own = exact[:k].gather(0, label[None])
+        loss[image, 1].scatter_add_(0, label, -own[0].log())
+        exact[:k].scatter_(0, label[None], own - 1)
+        loss[image, 0] += exact[:k].square().sum(1)
         if u is None:
             continue
 
         u = u.to(working_dtype(u.dtype))
-        defined = ~u.isnan()
-        undefined[image, 1] += u.numel() - defined.sum()
+        wrong, predicted = ~hit[k], top.indices
+        if bool(u.sum().isnan()):
+            defined = ~u.isnan()
+            undefined[image, 1] += u.numel() - defined.sum()
+            u, wrong, predicted, label = u[defined], wrong[defined], predicted[defined], label[defined]
         code = fine_bin(u)
-        wrong = ~hit[k]
-        detection[image] += _counts(code[defined], wrong[defined])
-        few = (wrong & defined).nonzero()[:, 0]
-        for owner in (label[few], top.indices[few]):
-            tally = torch.bincount(code[few] + owner * BINS, minlength=k * BINS)
-            wrong_of_class[image] += tally.view(k, BINS)
+        _tally(errors[image], code.add(wrong, alpha=BINS), ones)
+        few = wrong.nonzero()[:, 0]
+        code = code[few]
+        for owner in (label[few], predicted[few]):
+            _tally(wrong_of_class[image], code + owner * BINS, ones)
 
-    misses, hits = tallies.view(n, k + 1, num_bins, 2).unbind(-1)
-    reliability = torch.stack([sums.view_as(hits), hits.double(), (misses + hits).double()], 2)
+    misses, hits = tallies.unbind(-1)
+    reliability = torch.stack([sums, hits.double(), (misses + hits).double()], 2)
     if u_flat is None:
-        errors = detection.new_zeros((n, k + 1, 2, 0))
-    else:
-        wrongs = torch.cat([wrong_of_class, detection[:, 1:]], 1)
-        errors = torch.stack([detection.sum(1, keepdim=True) - wrongs, wrongs], 2)
-    return reliability, confidence, errors, loss, undefined
+        return reliability, confidence, zeros(k + 1, 2, 0), loss, undefined
+    wrongs = torch.cat([wrong_of_class, errors[:, 1:]], 1)
+    return reliability, confidence, torch.stack([errors.sum(1, keepdim=True) - wrongs, wrongs], 2), loss, undefined

@@ -1,13 +1,12 @@
 """Histograms from their definitions: whole volumes, edges searched for, one class at a time.
 
-**Fine bins** hold a probability or an uncertainty v. Their edges, all in [0, 1], are
+**Magnitude bins** hold a value v, a probability or an uncertainty. Their edges, all in [0, 1], are below 1/2 those of
+a small floating-point number, steps of 2^-22 up to 2^-15 and then 128 equal steps an octave, and above 1/2 the mirror
+image of these: maps crowded near 0 and maps crowded near 1 are resolved alike. A bin holds its lower edge below 1/2 and
+its upper edge above. What lies outside [0, 1] falls in the first and the last bin.
 
-- below 1/2 those of a small floating-point number: steps of 2^-22 up to 2^-15, then 128 equal steps an octave;
-- above 1/2 the mirror image, so that maps crowded near 0 and maps crowded near 1 are resolved alike;
-- the thresholds 0.01, 0.02, ..., 0.99 of the uncertainty-error overlap, which is therefore exact.
-
-A bin holds its lower edge below 1/2 and its upper edge above; a threshold belongs to the bin below it, so that
-v > t is a union of bins. What lies outside [0, 1] falls in the first and the last bin.
+**Fine bins** are magnitude bins cut at the thresholds 0.01, 0.02, ..., 0.99 of the uncertainty-error overlap, which is
+therefore exact. A threshold belongs to the bin below it: v > t is a union of bins.
 
 **Reliability bins** are num_bins equal parts of [0, 1 + 1e-8], the published form: p falls in floor(p num_bins /
 (1 + 1e-8)), the last one at most.
@@ -16,6 +15,7 @@ v > t is a union of bins. What lies outside [0, 1] falls in the first and the la
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from sure_kernels.kernel_lib.labels import counted_voxels
 MANTISSA_BITS, OCTAVES = 7, 14
 STEPS = 1 << MANTISSA_BITS
 HALF = (OCTAVES + 1) * STEPS
-"""Fine bins below 1/2, thresholds aside."""
+"""Magnitude bins below 1/2."""
 THRESHOLDS = 99
 BINS = 2 * HALF + THRESHOLDS
 RELIABILITY_RANGE = 1 + 1e-8
@@ -47,20 +47,23 @@ def thresholds() -> Tensor:
 
 
 @functools.cache
-def edges() -> Tensor:
-    """All edges of the fine bins, 0 and 1 included: float64 (BINS + 1,), ascending."""
+def magnitude_edges() -> Tensor:
+    """All edges of the magnitude bins, 0 and 1 included: float64 (2 HALF + 1,), ascending."""
     half = half_edges()
-    ends = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    return torch.cat([ends, half, 1 - half, thresholds()]).sort().values
+    return torch.cat([half, 1 - half, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)]).sort().values
+
+
+def magnitude_bin(v: Tensor) -> Tensor:
+    """The magnitude bin of each value, int64; NaN goes anywhere."""
+    v, half = v.double(), half_edges().to(v.device)
+    below = torch.bucketize(v, half, right=True)
+    above = 2 * HALF - 1 - torch.bucketize(1 - v, half, right=True)
+    return torch.where(v < 0.5, below, above)
 
 
 def fine_bin(v: Tensor) -> Tensor:
     """The fine bin of each value, int64; NaN goes anywhere."""
-    v = v.double()
-    half = half_edges().to(v.device)
-    below = torch.bucketize(v, half, right=True)
-    above = 2 * HALF - 1 - torch.bucketize(1 - v, half, right=True)
-    return torch.where(v < 0.5, below, above) + torch.bucketize(v, thresholds().to(v.device))
+    return magnitude_bin(v) + torch.bucketize(v.double(), thresholds().to(v.device))
 
 
 def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
@@ -79,17 +82,18 @@ def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tup
     Returns:
         int64 (N, C, 2, BINS), and the number of counted NaN, int64 (N,); those are in no histogram.
     """
-    counts = torch.zeros((*flag.shape[:2], 2, BINS), dtype=torch.int64, device=value.device)
-    undefined = torch.zeros(value.shape[0], dtype=torch.int64, device=value.device)
-    for n, v in enumerate(value):
-        chosen = torch.ones_like(v, dtype=torch.bool) if counted is None else counted[n]
-        undefined[n] = (v.isnan() & chosen).sum()
-        chosen = chosen & ~v.isnan()
-        for c in range(flag.shape[1]):
-            for side in (0, 1):
-                bins = fine_bin(v[chosen & (flag[n, c] == bool(side))])
-                counts[n, c, side] = torch.bincount(bins, minlength=BINS)
-    return counts, undefined
+    undefined = (value.isnan() if counted is None else value.isnan() & counted).sum(1)
+    counted = ~value.isnan() if counted is None else counted & ~value.isnan()
+    return _split(fine_bin(value), flag, counted, BINS), undefined
+
+
+def _split(bins: Tensor, flag: Tensor, counted: Tensor, number: int) -> Tensor:
+    """(N, C, 2, number): how often each of the bins (N, V) is counted, where `flag` (N, C, V) is False and True."""
+    counts = torch.zeros((*flag.shape[:2], 2, number), dtype=torch.int64, device=bins.device)
+    for n, c, side in itertools.product(range(len(bins)), range(flag.shape[1]), (0, 1)):
+        chosen = counted[n] & (flag[n, c] == bool(side))
+        counts[n, c, side] = torch.bincount(bins[n, chosen], minlength=number)
+    return counts
 
 
 def segmentation_histograms(
@@ -114,13 +118,13 @@ def segmentation_histograms(
         uncertainty: (N, *spatial), or None.
         ignore_index: label of voxels that don't count.
         num_bins: reliability bins.
-        fine: whether the confidence's fine histograms are wanted.
+        fine: whether the confidence's magnitude histograms are wanted.
 
     Returns:
         reliability: float64 (N, K + 1, 3, num_bins), sums of confidence, of hits and of voxels per reliability bin.
-        confidence: int64 (N, K + 1, 2, BINS), fine histograms of the confidence of misses and hits; 0 bins if not
-            `fine`.
-        uncertainty: int64 (N, K + 1, 2, BINS), fine histograms of the uncertainty where right and where wrong; 0 bins
+        confidence: int64 (N, K + 1, 2, 2 HALF), magnitude histograms of the confidence of misses and hits; 0 bins if
+            not `fine`.
+        errors: int64 (N, K + 1, 2, BINS), fine histograms of the uncertainty where right and where wrong; 0 bins
             without uncertainty.
         loss: float64 (N, 2, K), sums of (p_k - y_k)^2, and of -ln p_k over the voxels of class k.
         undefined: int64 (N, 2), counted voxels with a NaN probability and, of the others, with a NaN uncertainty.
@@ -147,15 +151,16 @@ def segmentation_histograms(
     squares = (p - y.double()).square().where(counted[:, None], 0).sum(-1)
     log_loss = (-p.log()).where(counted[:, None] & y, 0).sum(-1)
 
-    none = torch.zeros((n, k + 1, 2, 0), dtype=torch.int64, device=p.device)
-    counts, detection, without = none, none, torch.zeros_like(undefined)
+    counts = torch.zeros((n, k + 1, 2, 0), dtype=torch.int64, device=p.device)
+    errors, without = counts, torch.zeros_like(undefined)
     if fine:
+        columns = range(k + 1)
         counts = torch.cat(
-            [binary_histogram(confidence[:, i], hit[:, i : i + 1], counted)[0] for i in range(k + 1)], 1
+            [_split(magnitude_bin(confidence[:, i]), hit[:, i : i + 1], counted, 2 * HALF) for i in columns], 1
         )
     if uncertainty is not None:
-        top_label = top.indices[:, None] == torch.arange(k, device=p.device)[:, None]
-        wrong = torch.cat([top_label ^ y, ~hit[:, -1:]], 1)
-        detection, without = binary_histogram(uncertainty.flatten(1), wrong, counted)
+        predicted = top.indices[:, None] == torch.arange(k, device=p.device)[:, None]
+        wrong = torch.cat([predicted ^ y, ~hit[:, -1:]], 1)
+        errors, without = binary_histogram(uncertainty.flatten(1), wrong, counted)
     loss = torch.stack([squares, log_loss], 1)
-    return reliability, counts, detection, loss, torch.stack([undefined, without], 1)
+    return reliability, counts, errors, loss, torch.stack([undefined, without], 1)

@@ -1,0 +1,65 @@
+"""Custom ops of the histograms, and their fakes; nothing here has a gradient."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sure_kernels.ops.histograms import closed_form, reference
+from sure_kernels.ops.histograms.reference import BINS, HALF
+
+
+def _implementation(backend: str) -> ModuleType:
+    """The module that computes; the kernel's is imported only here, since triton may be absent."""
+    if backend == "reference":
+        return reference
+    if backend == "triton":
+        from sure_kernels.ops.histograms import kernel
+
+        return kernel
+    return closed_form
+
+
+@torch.library.custom_op("sure_kernels::binary_histogram", mutates_args=())
+def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return _implementation(backend).binary_histogram(value, flag, counted)
+
+
+@binary_histogram.register_fake
+def _(value, flag, counted, backend):
+    counts = value.new_empty((*flag.shape[:2], 2, BINS), dtype=torch.int64)
+    return counts, value.new_empty(value.shape[:1], dtype=torch.int64)
+
+
+@torch.library.custom_op("sure_kernels::segmentation_histograms", mutates_args=())
+def segmentation_histograms(
+    probability: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    uncertainty: Tensor | None,
+    ignore_index: int,
+    num_bins: int,
+    fine: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _implementation(backend).segmentation_histograms(
+        probability, target, mask, uncertainty, ignore_index, num_bins, fine
+    )
+
+
+@segmentation_histograms.register_fake
+def _(probability, target, mask, uncertainty, ignore_index, num_bins, fine, backend):
+    n, k = probability.shape[:2]
+
+    def empty(*shape, dtype=torch.int64):
+        return probability.new_empty((n, *shape), dtype=dtype)
+
+    return (
+        empty(k + 1, 3, num_bins, dtype=torch.float64),
+        empty(k + 1, 2, 2 * HALF if fine else 0),
+        empty(k + 1, 2, 0 if uncertainty is None else BINS),
+        empty(2, k, dtype=torch.float64),
+        empty(2),
+    )
