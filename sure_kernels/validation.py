@@ -163,10 +163,15 @@ def check_mask(mask: object, n: int, spatial: Sequence[int], like: Tensor) -> Te
     return tensor != 0
 
 
-def check_voxel_map(value: object, name: str, n: int, spatial: Sequence[int], like: Tensor) -> Tensor:
-    """A map with one number a voxel, (N, 1, *spatial) or (N, *spatial), returned as (N, *spatial)."""
+def check_voxel_map(
+    value: object, name: str, n: int, spatial: Sequence[int], like: Tensor, *, owner: str = "logits"
+) -> Tensor:
+    """A map with one number a voxel, (N, 1, *spatial) or (N, *spatial), returned as (N, *spatial).
+
+    `owner` names the argument that `like` is.
+    """
     tensor = plain_tensor(value, name)
-    check_same_device(tensor, name, like, "logits")
+    check_same_device(tensor, name, like, owner)
     if shape_of(tensor) == (n, 1, *spatial):
         tensor = tensor.squeeze(1)
     if shape_of(tensor) != (n, *spatial):

@@ -1,18 +1,28 @@
 """Calibration: do probabilities say how often the model is right?
 
-Bins are `num_bins` equal parts of [0, 1 + 1e-8], each with its lower edge: an exact 1 falls in the last bin.
+Reliability bins are `num_bins` equal parts of [0, 1 + 1e-8], each with its lower edge: an exact 1 falls in the last.
+Everything but the sorted adaptive error comes from the sums of `segmentation_histograms`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sure_kernels.kernel_lib.labels import counted_voxels
-from sure_kernels.metrics.state import SumState
-from sure_kernels.validation import check_float_map, check_int, check_mask, check_target, values_checked
+from sure_kernels.metrics.detection import Bounded
+from sure_kernels.metrics.histograms import (
+    PooledHistograms,
+    SegmentationHistograms,
+    check_num_bins,
+    columns,
+    counted_voxels_of,
+    segmentation_histograms,
+)
+from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
+from sure_kernels.ops.histograms.reference import magnitude_edges
+from sure_kernels.validation import check_choice
 
 
 class Reliability(NamedTuple):
@@ -34,7 +44,8 @@ def reliability_curve(
     per_class: bool = False,
     mask: Tensor | None = None,
     ignore_index: int = -100,
-) -> Reliability:
+    return_reason: bool = False,
+) -> Any:
     """Mean confidence, accuracy and voxels per confidence bin.
 
     Args:
@@ -45,6 +56,7 @@ def reliability_curve(
             its own, as a question of yes or no.
         mask: boolean (N, *spatial) or (N, 1, *spatial) (0/1 numbers accepted), True = counts.
         ignore_index: label of voxels that don't count.
+        return_reason: also return, per bin, why the means are NaN, see `Undefined`.
 
     Returns:
         Reliability of float64 tensors (N, num_bins), or (N, K, num_bins) where per_class.
@@ -52,7 +64,10 @@ def reliability_curve(
     Raises:
         TypeError: dtypes. ValueError: shapes, labels or probabilities out of range, a mask that is not 0/1.
     """
-    return _curve(_bin_sums(probability, target, num_bins, per_class, mask, ignore_index))
+    sums = segmentation_histograms(
+        probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index, confidence=False
+    )
+    return answer(*curve_of(columns(sums, per_class)), return_reason)
 
 
 def expected_calibration_error(
@@ -63,141 +78,246 @@ def expected_calibration_error(
     per_class: bool = False,
     mask: Tensor | None = None,
     ignore_index: int = -100,
-) -> Tensor:
-    """ECE: the mean over voxels of |mean confidence - accuracy| of the voxel's bin.
+    return_reason: bool = False,
+) -> Any:
+    """ECE: the mean over voxels of |mean confidence - accuracy| of the voxel's bin (Guo et al., ICML 2017).
 
     Arguments and errors as for `reliability_curve`.
 
     Returns:
         float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN.
     """
-    return _ece(_bin_sums(probability, target, num_bins, per_class, mask, ignore_index))
+    sums = segmentation_histograms(
+        probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index, confidence=False
+    )
+    return answer(*ece_of(columns(sums, per_class)), return_reason)
 
 
-def brier_score(probability: Tensor, target: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    """Brier score: the mean over voxels of sum_k (p_k - y_k)^2, y the one-hot label; 0 is best, 2 worst.
+def adaptive_calibration_error(
+    probability: Tensor,
+    target: Tensor,
+    *,
+    num_bins: int = 10,
+    per_class: bool = False,
+    method: Literal["exact", "histogram"] = "exact",
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_reason: bool = False,
+) -> Any:
+    """ACE: the calibration error over ranges that hold equally many voxels (Nixon et al., CVPR workshops 2019).
 
-    Arguments and errors as for `reliability_curve`.
+    Voxels are sorted by confidence and cut into num_bins ranges of n / num_bins voxels each, a voxel on a cut counting
+    on both sides in parts; voxels of equal confidence share their hits evenly, so that their order does not matter. ACE
+    is the mean over ranges of |mean confidence - accuracy|. Nixon et al. average it over the classes.
+
+    Arguments and errors as for `reliability_curve`, and
+
+        method: "exact" sorts every case; "histogram" needs one pass and constant memory.
 
     Returns:
-        float64 (N,); NaN where no voxel counts.
+        float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN. Of
+        "histogram", Bounded(value, bound) of two such tensors.
     """
-    return _mean(_brier_sums(probability, target, mask, ignore_index))
+    if check_choice(method, "method", ("exact", "histogram")) == "histogram":
+        sums = segmentation_histograms(probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index)
+        return answer(*ace_of(columns(sums, per_class), num_bins), return_reason)
+    check_num_bins(num_bins)
+    values, voxels = [], []
+    for p, label, counted in zip(*counted_voxels_of(probability, target, mask, ignore_index), strict=True):
+        p, label = p[:, counted], label[counted]
+        if per_class:
+            questions = [(q, label == k) for k, q in enumerate(p)]
+        else:
+            top = p.max(0) if label.numel() else p[:, :0].sum(0)
+            questions = [(top.values, top.indices == label)] if label.numel() else [(top, top.bool())]
+        values.append(torch.stack([_sorted_ace(confidence, hit, num_bins) for confidence, hit in questions]))
+        voxels.append(torch.full_like(values[-1], label.numel()))
+    value, number = torch.stack(values), torch.stack(voxels)
+    if not per_class:
+        value, number = value[:, 0], number[:, 0]
+    result = scored(value, (Undefined.NO_VOXEL, number == 0), (Undefined.NAN_INPUT, value.isnan()))
+    return answer(*result, return_reason)
 
 
-class ReliabilityCurve(SumState):
+def brier_score(
+    probability: Tensor,
+    target: Tensor,
+    *,
+    per_class: bool = False,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_reason: bool = False,
+) -> Any:
+    """Brier score: the mean over voxels of sum_k (p_k - y_k)^2, y the one-hot label; 0 is best, 2 worst.
+
+    Arguments and errors as for `reliability_curve`; per_class gives the classes' shares, which add up to it.
+
+    Returns:
+        float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN.
+    """
+    sums = segmentation_histograms(
+        probability, target, num_bins=1, mask=mask, ignore_index=ignore_index, confidence=False
+    )
+    return answer(*brier_of(columns(sums, per_class)), return_reason)
+
+
+def negative_log_likelihood(
+    probability: Tensor,
+    target: Tensor,
+    *,
+    per_class: bool = False,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_reason: bool = False,
+) -> Any:
+    """NLL: the mean over voxels of -ln p_y in nats, y the label; infinite where a true class has probability 0.
+
+    Arguments and errors as for `reliability_curve`; per_class takes the mean over the voxels of each class.
+
+    Returns:
+        float64 (N,), or (N, K) where per_class; NaN where no voxel (of the class) counts or a counted probability is
+        NaN.
+    """
+    sums = segmentation_histograms(
+        probability, target, num_bins=1, mask=mask, ignore_index=ignore_index, confidence=False
+    )
+    return answer(*nll_of(columns(sums, per_class), per_class), return_reason)
+
+
+class ReliabilityCurve(PooledHistograms):
     """`reliability_curve` over all voxels seen: `compute` gives a Reliability without the axis N.
 
     `num_classes=None` looks at the top label, a number at each class on its own.
     """
 
-    def __init__(self, *, num_bins: int = 10, num_classes: int | None = None) -> None:
-        per_class = () if num_classes is None else (num_classes,)
-        super().__init__((*per_class, 3, check_int(num_bins, "num_bins")))
+    needs = ("reliability",)
 
-    def update(
-        self, probability: Tensor, target: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100
-    ) -> None:
-        """Add a batch; arguments and errors of `reliability_curve`."""
-        per_class = self.sums.ndim == 3
-        sums = _bin_sums(probability, target, self.sums.shape[-1], per_class, mask, ignore_index).sum(0)
-        if sums.shape != self.sums.shape:
-            raise ValueError(f"probability: expected {self.sums.shape[0]} classes, got {sums.shape[0]}")
-        self._add(sums)
-
-    def _result(self, sums: Tensor) -> Reliability | Tensor:
-        return _curve(sums)
+    def _scored(self, sums: SegmentationHistograms) -> tuple[Reliability, Tensor]:
+        return curve_of(sums)
 
 
-class ExpectedCalibrationError(ReliabilityCurve):
+class ExpectedCalibrationError(PooledHistograms):
     """`expected_calibration_error` over all voxels seen: `compute` is 0-d, or (K,) with `num_classes`."""
 
-    def _result(self, sums: Tensor) -> Tensor:
-        return _ece(sums)
+    needs = ("reliability",)
+
+    def _scored(self, sums: SegmentationHistograms) -> Scored:
+        return ece_of(sums)
 
 
-class BrierScore(SumState):
-    """`brier_score` over all voxels seen: `compute` is 0-d."""
+class AdaptiveCalibrationError(PooledHistograms):
+    """`adaptive_calibration_error` over all voxels seen: `compute` is a Bounded, 0-d or (K,) with `num_classes`."""
 
-    def __init__(self) -> None:
-        super().__init__((2,))
+    needs = ("confidence",)
 
-    def update(
-        self, probability: Tensor, target: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100
-    ) -> None:
-        """Add a batch; arguments and errors of `brier_score`."""
-        self._add(_brier_sums(probability, target, mask, ignore_index).sum(0))
-
-    def _result(self, sums: Tensor) -> Tensor:
-        return _mean(sums)
+    def _scored(self, sums: SegmentationHistograms) -> tuple[Bounded, Tensor]:
+        return ace_of(sums, self._num_bins)
 
 
-def _checked(
-    probability: Tensor, target: Tensor, mask: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability (N, K, n), labels (N, n) with 0 where ignored, and which voxels count (N, n)."""
-    probability = check_float_map(probability, "probability", minimum_channels=2)
-    if values_checked(probability) and bool(((probability < 0) | (probability > 1 + 1e-3)).any()):
-        low, high = (float(v) for v in torch.aminmax(probability))
-        raise ValueError(f"probability: expected values in [0, 1], got {low:.3g} to {high:.3g}")
-    n, _, *spatial = probability.shape
-    valid = check_mask(mask, n, spatial, probability)
-    labels = check_target(target, probability, ignore_index, valid, owner="probability")
-    counts = counted_voxels(labels, ignore_index)
-    if valid is not None:
-        counts = counts & valid
-    labels = torch.where(counts, labels, 0).long()
-    return probability.flatten(2), labels.flatten(1), counts.flatten(1)
+class BrierScore(PooledHistograms):
+    """`brier_score` over all voxels seen: `compute` is 0-d, or (K,) with `num_classes`."""
+
+    needs = ("reliability", "loss")
+
+    def __init__(self, *, num_classes: int | None = None) -> None:
+        super().__init__(num_bins=1, num_classes=num_classes)
+
+    def _scored(self, sums: SegmentationHistograms) -> Scored:
+        return brier_of(sums)
 
 
-def _bin_sums(
-    probability: Tensor,
-    target: Tensor,
-    num_bins: int,
-    per_class: bool,
-    mask: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    """Sums of confidence, of hits and of voxels per bin: (N, 3, num_bins), or (N, K, 3, num_bins)."""
-    if check_int(num_bins, "num_bins") < 1:
-        raise ValueError(f"num_bins: expected at least 1, got {num_bins}")
-    probability, labels, counts = _checked(probability, target, mask, ignore_index)
-    edges = torch.linspace(0, 1 + 1e-8, num_bins + 1, dtype=torch.float64, device=probability.device)[1:-1]
+class NegativeLogLikelihood(BrierScore):
+    """`negative_log_likelihood` over all voxels seen: `compute` is 0-d, or (K,) with `num_classes`."""
 
-    def sums(confidence: Tensor, hit: Tensor) -> Tensor:
-        confidence = confidence.double()
-        bins = torch.bucketize(confidence, edges, right=True)
-        terms = torch.stack([confidence.where(counts, 0), (hit & counts).double(), counts.double()], 1)
-        index = bins[:, None].expand_as(terms)
-        return terms.new_zeros(terms.shape[0], 3, num_bins).scatter_add_(2, index, terms)
-
-    if per_class:  # class by class, so that no float64 copy of the whole map is ever held
-        return torch.stack([sums(probability[:, k], labels == k) for k in range(probability.shape[1])], 1)
-    top = probability.max(1)
-    return sums(top.values, top.indices == labels)
+    def _scored(self, sums: SegmentationHistograms) -> Scored:
+        return nll_of(sums, self._num_classes is not None)
 
 
-def _curve(sums: Tensor) -> Reliability:
-    """(..., 3, bins) -> means per bin; 0/0 is the NaN of an empty bin."""
-    confidence, hits, count = sums.unbind(-2)
-    return Reliability(confidence / count, hits / count, count)
+# From the sums of `columns`, of any leading shape, to metrics
 
 
-def _ece(sums: Tensor) -> Tensor:
-    """(..., 3, bins) -> (...): sum_b n_b/n |mean confidence - accuracy| = sum_b |sums' difference| / n."""
-    confidence, hits, count = sums.unbind(-2)
-    return (confidence - hits).abs().sum(-1) / count.sum(-1)
+def _voxels(sums: SegmentationHistograms) -> Tensor:
+    return sums.reliability[..., 2, :].sum(-1)
 
 
-def _brier_sums(probability: Tensor, target: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
-    """Sum of squared errors and voxels, (N, 2)."""
-    probability, labels, counts = _checked(probability, target, mask, ignore_index)
-    squared = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-    for k in range(probability.shape[1]):
-        squared += (probability[:, k].double() - (labels == k).double()).square()
-    return torch.stack([squared.where(counts, 0).sum(1), counts.double().sum(1)], 1)
+def _mean(total: Tensor, voxels: Tensor, undefined: Tensor, none: Undefined = Undefined.NO_VOXEL) -> Scored:
+    return scored(total / voxels, (Undefined.NAN_INPUT, undefined > 0), (none, voxels == 0))
 
 
-def _mean(sums: Tensor) -> Tensor:
-    """(..., 2) -> (...): sum over count, NaN for none."""
-    return sums[..., 0] / sums[..., 1]
+def curve_of(sums: SegmentationHistograms) -> tuple[Reliability, Tensor]:
+    confidence, hits, voxels = sums.reliability.unbind(-2)
+    undefined = sums.undefined[..., :1].expand_as(voxels)
+    mean, reason = _mean(confidence, voxels, undefined)
+    return Reliability(mean, _mean(hits, voxels, undefined).value, voxels), reason
+
+
+def ece_of(sums: SegmentationHistograms) -> Scored:
+    """sum_b n_b/n |mean confidence - accuracy| = sum_b |difference of the sums| / n."""
+    confidence, hits, _ = sums.reliability.unbind(-2)
+    return _mean((confidence - hits).abs().sum(-1), _voxels(sums), sums.undefined[..., 0])
+
+
+def brier_of(sums: SegmentationHistograms) -> Scored:
+    return _mean(sums.loss[..., 0], _voxels(sums), sums.undefined[..., 0])
+
+
+def nll_of(sums: SegmentationHistograms, per_class: bool) -> Scored:
+    if not per_class:
+        return _mean(sums.loss[..., 1], _voxels(sums), sums.undefined[..., 0])
+    voxels = sums.reliability[..., 1, :].sum(-1)  # where the class is true
+    return _mean(sums.loss[..., 1], voxels, sums.undefined[..., 0], Undefined.CLASS_ABSENT)
+
+
+def ace_of(sums: SegmentationHistograms, num_bins: int) -> tuple[Bounded, Tensor]:
+    edges = magnitude_edges().to(sums.confidence.device)
+    middle, half_width = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
+    misses, hits = sums.confidence.double().unbind(-2)
+    mass = misses + hits
+    cuts = _Cuts(mass, num_bins)
+    voxels = mass.sum(-1)
+    spread = (mass * half_width).sum(-1) + cuts.uncertain_hits(hits)
+    undefined = sums.undefined[..., 0]
+    value, reason = _mean(cuts.gaps(middle.expand_as(mass), hits), voxels, undefined)
+    return Bounded(value, _mean(spread, voxels, undefined).value), reason
+
+
+def _sorted_ace(confidence: Tensor, hit: Tensor, num_bins: int) -> Tensor:
+    """ACE of one list (n,) of confidences; NaN where it is empty or holds a NaN."""
+    if not confidence.numel() or bool(confidence.isnan().any()):
+        return torch.full((), torch.nan, dtype=torch.float64, device=confidence.device)
+    ordered, order = confidence.double().clamp(0, 1).sort()
+    values, place, mass = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    hits = torch.zeros_like(values).index_add_(0, place, hit[order].double())
+    return _Cuts(mass.double(), num_bins).gaps(values, hits) / confidence.numel()
+
+
+class _Cuts:
+    """Bins (..., B) of `mass` voxels each, in ascending order, cut into ranges of equal mass."""
+
+    def __init__(self, mass: Tensor, num_bins: int) -> None:
+        self.mass, self.end = mass, mass.cumsum(-1)
+        steps = torch.arange(num_bins + 1, dtype=torch.float64, device=mass.device)
+        self.cut = self.end[..., -1:] * steps / num_bins  # (..., num_bins + 1)
+        self.bin = torch.searchsorted(self.end, self.cut).clamp_max(mass.shape[-1] - 1)
+        self.taken = self.cut - (self.end - mass).gather(-1, self.bin)  # of the bin of the cut, below it
+
+    def gaps(self, confidence: Tensor, hits: Tensor) -> Tensor:
+        """Sum over ranges of |sum of confidence - hits|, a bin giving its hits and its mean confidence evenly."""
+        excess = self.mass * confidence - hits
+        below = (excess.cumsum(-1) - excess).gather(-1, self.bin)
+        share = excess / self.mass.clamp_min(1)
+        return (below + self.taken * share.gather(-1, self.bin)).diff(dim=-1).abs().sum(-1)
+
+    def uncertain_hits(self, hits: Tensor) -> Tensor:
+        """By how much the hits of the ranges may differ, added up, as a bin that is cut may hold them anywhere."""
+        end = self.end.gather(-1, self.bin)
+        first = torch.minimum(end[..., :-1], self.cut[..., 1:]) - self.cut[..., :-1]
+        last = self.taken[..., 1:].where(self.bin[..., 1:] > self.bin[..., :-1], 0)
+        mass, hits = self.mass.gather(-1, self.bin), hits.gather(-1, self.bin)
+
+        def uncertain(part: Tensor, mass: Tensor, hits: Tensor) -> Tensor:
+            even = hits * part / mass.clamp_min(1)
+            fewest, most = (hits - (mass - part)).clamp_min(0), torch.minimum(hits, part)
+            return torch.maximum(even - fewest, most - even).sum(-1)
+
+        return uncertain(first, mass[..., :-1], hits[..., :-1]) + uncertain(last, mass[..., 1:], hits[..., 1:])

@@ -2,69 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sure_kernels.metrics.points import as_points, as_result, match_boolean, rows
-from sure_kernels.metrics.state import SumState
+from sure_kernels.metrics.detection import PooledErrors, check_points
+from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
+from sure_kernels.ops.histograms.reference import fine_bin, thresholds
 
-THRESHOLDS = 99
 
-
-def uncertainty_error_overlap(uncertainty: Tensor, error: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def uncertainty_error_overlap(
+    uncertainty: Tensor, error: Tensor, *, mask: Tensor | None = None, return_reason: bool = False
+) -> Any:
     """UEO: the largest Dice of {error} and {uncertainty > t} over t = 0.01, 0.02, ..., 0.99.
 
-    From two histograms with edges at the thresholds, so exact there: O(n) time, constant memory.
+    From histograms with edges at the thresholds, so exact: O(n) time, constant memory.
 
     Args:
         uncertainty: maps (N, 1, *spatial), sets of points (N, n) or one set (n,); floating point, meant to
             lie in [0, 1].
         error: boolean (0/1 numbers accepted), True = wrong; the shape of uncertainty, maps also
-            (N, *spatial).
-        mask: as error, True = counts.
+            (N, *spatial), or (N, C, *spatial) for C kinds of error at once, for example one a class.
+        mask: boolean, True = counts; the shape of uncertainty, maps also (N, *spatial).
+        return_reason: also return why it is NaN, see `Undefined`.
 
     Returns:
-        float64 (N,), 0-d for one set, each in [0, 1]; NaN where no counted voxel is wrong (there is nothing
-        to overlap with) and where a counted uncertainty is NaN.
+        float64 (N,), (N, C) for C kinds of error, 0-d for one set, each in [0, 1]; NaN where no counted voxel is
+        wrong (there is nothing to overlap with) and where a counted uncertainty is NaN.
 
     Raises:
         TypeError: dtype of uncertainty. ValueError: shapes that differ, an error or mask that is not 0/1.
     """
-    return as_result(_ueo(_histograms(uncertainty, error, mask)), as_points(uncertainty, "uncertainty"))
+    points = check_points(uncertainty, error, mask)
+    errors, undefined = points.histograms()
+    result = ueo_of(errors, undefined[:, None].expand(errors.shape[:2]))
+    return answer(*map(points.shaped, result), return_reason)
 
 
-class UncertaintyErrorOverlap(SumState):
-    """`uncertainty_error_overlap` over all voxels seen: `update` takes its arguments, `compute` is 0-d."""
+class UncertaintyErrorOverlap(PooledErrors):
+    """`uncertainty_error_overlap` over all voxels seen: `compute` is 0-d, or (C,) with `num_classes`."""
 
-    def __init__(self) -> None:
-        super().__init__((2, THRESHOLDS + 1))
-
-    def update(self, uncertainty: Tensor, error: Tensor, *, mask: Tensor | None = None) -> None:
-        """Add a batch; arguments and errors of `uncertainty_error_overlap`."""
-        self._add(_histograms(uncertainty, error, mask).sum(0))
-
-    def _result(self, sums: Tensor) -> Tensor:
-        return _ueo(sums[None])[0]
+    def _scored(self, errors: Tensor, undefined: Tensor) -> Scored:
+        return ueo_of(errors, undefined)
 
 
-def _histograms(uncertainty: Tensor, error: Tensor, mask: Tensor | None) -> Tensor:
-    """(N, 2, 100): voxels with exactly i thresholds below their uncertainty; all of them, and the wrong."""
-    points = as_points(uncertainty, "uncertainty")
-    wrong = match_boolean(error, "error", points, "uncertainty")
-    values = rows(points).double()
-    counts = torch.ones_like(values)
-    if mask is not None:
-        counts = match_boolean(mask, "mask", points, "uncertainty").double()
-    thresholds = torch.arange(1, THRESHOLDS + 1, dtype=torch.float64, device=values.device) / (THRESHOLDS + 1)
-    below = torch.bucketize(values, thresholds)
-    counts = torch.where(values.isnan() & (counts > 0), torch.nan, counts)
-    sums = [values.new_zeros(values.shape[0], THRESHOLDS + 1) for _ in range(2)]
-    return torch.stack([s.scatter_add_(1, below, w) for s, w in zip(sums, (counts, counts * wrong), strict=True)], 1)
-
-
-def _ueo(histograms: Tensor) -> Tensor:
-    """(N, 2, 100) -> (N,)."""
-    errors = histograms[:, 1].sum(-1)
-    uncertain, both = histograms.flip(-1).cumsum(-1).flip(-1)[..., 1:].unbind(1)
-    dice = 2 * both / (errors[:, None] + uncertain)
-    return torch.where(errors == 0, torch.nan, dice.amax(-1))
+def ueo_of(errors: Tensor, undefined: Tensor) -> Scored:
+    """From fine histograms (..., 2, BINS) and the number of NaN (...)."""
+    first_above = fine_bin(thresholds().nextafter(torch.ones((), dtype=torch.float64))).to(errors.device)
+    errors = errors.double()
+    wrong = errors[..., 1, :]
+    uncertain, both = (x.flip(-1).cumsum(-1).flip(-1)[..., first_above] for x in (errors.sum(-2), wrong))
+    total = wrong.sum(-1)
+    dice = 2 * both / (total[..., None] + uncertain)
+    return scored(
+        dice.amax(-1),
+        (Undefined.NAN_INPUT, undefined > 0),
+        (Undefined.NO_VOXEL, errors.sum((-1, -2)) == 0),
+        (Undefined.NO_ERROR, total == 0),
+    )

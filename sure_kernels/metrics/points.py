@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -53,7 +51,26 @@ def match(value: object, name: str, points: Tensor, points_name: str) -> Tensor:
 
 def match_boolean(value: object, name: str, points: Tensor, points_name: str) -> Tensor:
     """`match`, as booleans; numbers must be 0 or 1."""
-    tensor = match(value, name, points, points_name)
+    return as_boolean(match(value, name, points, points_name), name)
+
+
+def match_kinds(value: object, name: str, points: Tensor, points_name: str) -> Tensor:
+    """`match_boolean` as (N, C, n), where maps may come as (N, C, *spatial): C > 1 booleans for every point."""
+    tensor = plain_tensor(value, name)
+    if points.ndim > 2 and tensor.ndim == points.ndim and tensor.shape[1] > 1:
+        check_same_device(tensor, name, points, points_name)
+        n, _, *spatial = points.shape
+        kinds = tensor.shape[1]
+        if shape_of(tensor) != (n, kinds, *spatial):
+            raise ValueError(
+                f"{name}: expected shape {(n, kinds, *spatial)} like {points_name}, got {shape_of(tensor)}"
+            )
+        return as_boolean(tensor, name).flatten(2)
+    return match_boolean(tensor, name, points, points_name)[:, None]
+
+
+def as_boolean(tensor: Tensor, name: str) -> Tensor:
+    """Booleans as they are; numbers must be 0 or 1."""
     if tensor.dtype == torch.bool:
         return tensor
     if values_checked(tensor) and not bool(((tensor == 0) | (tensor == 1)).all()):
@@ -67,31 +84,3 @@ def match_groups(groups: object, points: Tensor, points_name: str) -> Tensor:
     if tensor.dtype not in (*INT_DTYPES, torch.bool):
         raise TypeError(f"groups: expected an integer dtype, got {tensor.dtype}")
     return torch_integer(tensor)
-
-
-def each_set(x: object, y: object, mask: object, groups: object) -> tuple[Tensor, Iterator[list[Tensor]]]:
-    """Checked `x`, and for every row of it the sets of points to compare.
-
-    A set is (2, m) float64: x above y, masked points left out, one set per value of `groups` that occurs
-    among the points counted (one set in all where groups is None).
-    """
-    x = as_points(x, "x")
-    y_rows = match(as_points(y, "y"), "y", x, "x")
-    mask_rows = None if mask is None else match_boolean(mask, "mask", x, "x")
-    group_rows = None if groups is None else match_groups(groups, x, "x")
-
-    def sets() -> Iterator[list[Tensor]]:
-        x_rows = rows(x)
-        for row in range(x_rows.shape[0]):
-            # + 0.0 turns -0.0 into 0.0, so that the two are one value also where bits are compared
-            pair = torch.stack([x_rows[row].double(), y_rows[row].double()]) + 0.0
-            chosen = None if mask_rows is None else mask_rows[row]
-            if chosen is not None:
-                pair = pair[:, chosen]
-            if group_rows is None:
-                yield [pair]
-                continue
-            group = group_rows[row] if chosen is None else group_rows[row][chosen]
-            yield [pair[:, group == value] for value in torch.unique(group)]
-
-    return x, sets()

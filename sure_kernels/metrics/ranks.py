@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sure_kernels.backends import get_backend
 from sure_kernels.metrics.points import as_points, as_result, match, match_boolean, match_groups, rows
 from sure_kernels.metrics.state import CaseMean
 from sure_kernels.metrics.undefined import Undefined, answer, scored
-from sure_kernels.ops.ranking.closed_form import Sets, dominated, sets_of
+from sure_kernels.ops.ranking.closed_form import Sets, sets_of
+from sure_kernels.ops.ranking.op import violating_pairs
 from sure_kernels.validation import check_choice, check_compat
 
 # PriUS: pairs tied in one quantity whose other one differs by less follow the relation.
@@ -116,7 +118,7 @@ def uncertainty_ratio(
     of_set = sets.spread(torch.arange(len(sets.sizes), device=total.device))
     of_x, of_y = (_joint(of_set, _dense(values)) for values in (sets.value, sets.score))
     both = _tied_pairs(_joint(of_x, of_y), sets)
-    concordant = sets.sum(dominated(sets)[1]) // 2
+    concordant = violating_pairs(sets, get_backend(sets.value, "pairwise_ranking_loss")).number
     untied = total - _tied_pairs(of_x, sets) - _tied_pairs(of_y, sets) + both
     follow, among = concordant if relation == "increasing" else untied - concordant, untied
     if ties == "official" or official:
@@ -125,9 +127,9 @@ def uncertainty_ratio(
         follow = follow + _nearly_tied_pairs(of_x, sets.score, sets)
         follow = follow + _nearly_tied_pairs(of_y, sets.value, sets)
         usable = sets.by_row((total > 0).long())
-        value = sets.by_row(torch.where(total > 0, follow / total, 0.0)) / usable
+        value = sets.by_row(torch.where(total > 0, follow.double() / total, 0.0)) / usable
     else:
-        value = sets.by_row(follow) / sets.by_row(among)
+        value = sets.by_row(follow).double() / sets.by_row(among)
     result = scored(
         value,
         (Undefined.NAN_INPUT, _any(sets, sets.value.isnan() | sets.score.isnan())),
@@ -218,7 +220,5 @@ def _nearly_tied_pairs(code: Tensor, other: Tensor, sets: Sets) -> Tensor:
     base = len(distinct) + 1
     key = code * base + dense
     ordered = key.sort().values
-    near_end, tie_end = (
-        torch.searchsorted(ordered, target) for target in (code * base + reach[dense], key + 1)
-    )
+    near_end, tie_end = (torch.searchsorted(ordered, target) for target in (code * base + reach[dense], key + 1))
     return sets.sum(near_end - tie_end)

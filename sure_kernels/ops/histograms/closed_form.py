@@ -1,9 +1,9 @@
 """The histograms in one sweep over cache-sized pieces: nothing of full size is held but the inputs.
 
-The fine bin of v comes from its bits. With w = min(v, 1 - v), which is exact, the exponent and the leading seven bits of
-the mantissa count steps of an octave, and w 2^22 those below the lowest octave; the larger of the two (the second held
-at its largest) is the bin, mirrored above 1/2. Thresholds below v are ceil(100 v) - 1: 100 v is exact in float64 for
-narrower types, and float64 itself is compared with the thresholds on both sides.
+The fine bin of v comes from its bits. With w = min(v, 1 - v), which is exact, the exponent and the leading seven bits
+of the mantissa count steps of an octave, and w 2^22 those below the lowest octave; the larger of the two (the second
+held at its largest) is the bin, mirrored above 1/2. Thresholds below v are ceil(100 v) - 1: 100 v is exact in float64
+for narrower types, and float64 itself is compared with the thresholds on both sides.
 
 Voxels that don't count are taken out of a piece before anything else, so that no sum needs a weight. Wrong voxels are
 few: the histograms of each class's errors read those alone. Pieces are small enough for torch to run every step in the

@@ -25,6 +25,15 @@ class Method(NamedTuple):
     official: bool
 
 
+def violating_pairs(sets: closed_form.Sets, backend: str) -> closed_form.Pairs:
+    """Sums over the violating pairs of each set, by the kernels where `backend` is triton."""
+    if backend == "triton":
+        from sure_kernels.ops.ranking import kernel
+
+        return kernel.violating_pairs(sets)
+    return closed_form.violating_pairs(sets)
+
+
 @torch.library.custom_op("sure_kernels::pairwise_ranking", mutates_args=())
 def pairwise_ranking(
     values: Tensor,
@@ -42,12 +51,7 @@ def pairwise_ranking(
     if method == "covariance":
         loss, slope = closed_form.covariance(sets)
     else:
-        if backend == "triton":
-            from sure_kernels.ops.ranking import kernel
-
-            pairs = kernel.violating_pairs(sets)
-        else:
-            pairs = closed_form.violating_pairs(sets)
+        pairs = violating_pairs(sets, backend)
         times = closed_form.official_times(sets, num_pairs, groups is not None) if official else None
         loss, slope = closed_form.exact(sets, pairs, times)
     return loss, closed_form.on_rows(sets, slope, values.shape, working_dtype(values.dtype))
