@@ -6,9 +6,10 @@ held at its largest) is the bin, mirrored above 1/2. Thresholds below v are ceil
 for narrower types, and float64 itself is compared with the thresholds on both sides.
 
 Voxels that don't count are taken out of a piece before anything else, so that no sum needs a weight. Wrong voxels are
-few: the histograms of each class's errors read those alone. Pieces are small enough for torch to run every step in the
-calling thread: starting and joining threads for steps of 20 microseconds costs more than it saves, and far more where
-other processes want the cores.
+few: the histograms of each class's errors read those alone. On the CPU every step runs in the calling thread: pieces
+are small enough for that, and the few operations that torch would split even so (max, ceil, log, advanced indexing) are
+written in others. Starting and joining threads for steps of 20 microseconds gains little, and where other processes
+want the cores it costs a hundred times the step.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ def magnitude_bin(v: Tensor) -> Tensor:
 def thresholds_below(v: Tensor) -> Tensor:
     """#{i in 1..99: i / 100 < v}, int32."""
     hundred = THRESHOLDS + 1
-    below = (v.double() * hundred).ceil_().sub_(1).clamp_(0, THRESHOLDS)
-    if v.dtype == torch.float64:  # 100 v was rounded: it may have met, or passed, a threshold
-        below += ((below < THRESHOLDS) & (v > (below + 1) / hundred)).double()
-        below -= ((below > 0) & (v <= below / hundred)).double()
-    return below.to(torch.int32)
+    scaled = (v.double() * hundred).clamp_(0, hundred)
+    below = scaled.to(torch.int32)
+    if v.dtype != torch.float64:
+        return below.add_(below == scaled, alpha=-1).clamp_(0, THRESHOLDS)
+    # 100 v was rounded: it may have met, or passed, a threshold.
+    below.add_(v <= below.double() / hundred, alpha=-1).clamp_(0, THRESHOLDS)
+    return below.add_(v > (below + 1).double() / hundred).clamp_(0, THRESHOLDS)
 
 
 def fine_bin(v: Tensor) -> Tensor:
@@ -64,6 +67,16 @@ def fine_bin(v: Tensor) -> Tensor:
 def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
     """The reliability bin of float64 probabilities, int64."""
     return (p * (num_bins / RELIABILITY_RANGE)).long().clamp_(0, num_bins - 1)
+
+
+def _with_top(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes (K, c) with the largest one below them, and which that is, int64 (c,); the first of equals."""
+    largest, which = p[0], torch.zeros(p.shape[1:], dtype=torch.int32, device=p.device)
+    for k in range(1, len(p)):
+        # k where class k is larger, else 0: classes come in ascending order.
+        which = torch.maximum(which, (p[k] > largest).to(torch.int32).mul_(k))
+        largest = torch.maximum(largest, p[k])
+    return torch.cat([p, largest[None]]), which.long()
 
 
 def _tally(counts: Tensor, index: Tensor, ones: Tensor) -> None:
@@ -86,7 +99,8 @@ def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tup
         else:
             undefined[n] += v.numel() - chosen.sum()
         if not bool(chosen.all()):
-            v, flags = v[chosen], flags[:, chosen]
+            index = chosen.nonzero()[:, 0]
+            v, flags = v.gather(0, index), flags.gather(1, index.expand(len(flags), -1))
         bins = fine_bin(v)
         ones = torch.ones_like(bins, dtype=torch.int64) if ones is None else ones
         for c, wrong in enumerate(flags):
@@ -118,6 +132,7 @@ def segmentation_histograms(
     confidence, loss = zeros(k + 1, 2, magnitudes), zeros(2, k, dtype=torch.float64)
     errors, wrong_of_class, undefined = zeros(2, BINS), zeros(k, BINS), zeros(2)
     row = torch.arange(k + 1, dtype=torch.int32, device=device)[:, None]
+    minus_one = torch.tensor(-1.0, dtype=torch.float64, device=device)
     ones: Tensor | None = None
 
     for image, voxels in voxel_slices(p_flat, _ROWS * (k + 1)):
@@ -131,15 +146,15 @@ def segmentation_histograms(
             undefined[image, 0] += broken.sum()
             counted = counted & ~broken
         if not bool(counted.all()):
-            p, label = p[:, counted], label[counted]
-            u = None if u is None else u[counted]
+            index = counted.nonzero()[:, 0]
+            p, label = p.gather(1, index.expand(k, -1)), label.gather(0, index)
+            u = None if u is None else u.gather(0, index)
         if not label.numel():
             continue
 
         label = label.long()
-        top = p.max(0)
-        q = torch.cat([p, top.values[None]]).to(working_dtype(p.dtype))
-        hit = torch.cat([label == row[:k], (top.indices == label)[None]])
+        q, predicted = _with_top(p.to(working_dtype(p.dtype)))
+        hit = torch.cat([label == row[:k], (predicted == label)[None]])
         if ones is None:  # the first piece is the largest
             ones = torch.ones((k + 1) * (voxels.stop - voxels.start), dtype=torch.int64, device=device)
         exact = q.double()
@@ -149,24 +164,25 @@ def segmentation_histograms(
         if fine:
             _tally(confidence[image], magnitude_bin(q).add_(hit, alpha=magnitudes).add_(row * (2 * magnitudes)), ones)
         own = exact[:k].gather(0, label[None])
-        loss[image, 1].scatter_add_(0, label, -own[0].log())
+        loss[image, 1].scatter_add_(0, label, torch.special.xlogy(minus_one, own[0]))
         exact[:k].scatter_(0, label[None], own - 1)
         loss[image, 0] += exact[:k].square().sum(1)
         if u is None:
             continue
 
         u = u.to(working_dtype(u.dtype))
-        wrong, predicted = ~hit[k], top.indices
+        wrong = ~hit[k]
         if bool(u.sum().isnan()):
             defined = ~u.isnan()
             undefined[image, 1] += u.numel() - defined.sum()
-            u, wrong, predicted, label = u[defined], wrong[defined], predicted[defined], label[defined]
+            index = defined.nonzero()[:, 0]
+            u, wrong, predicted, label = (t.gather(0, index) for t in (u, wrong, predicted, label))
         code = fine_bin(u)
         _tally(errors[image], code.add(wrong, alpha=BINS), ones)
         few = wrong.nonzero()[:, 0]
-        code = code[few]
-        for owner in (label[few], predicted[few]):
-            _tally(wrong_of_class[image], code + owner * BINS, ones)
+        code = code.gather(0, few)
+        for owner in (label, predicted):
+            _tally(wrong_of_class[image], owner.gather(0, few) * BINS + code, ones)
 
     misses, hits = tallies.unbind(-1)
     reliability = torch.stack([sums, hits.double(), (misses + hits).double()], 2)
