@@ -14,6 +14,8 @@ want the cores it costs a hundred times the step.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -36,15 +38,15 @@ _ROWS = 4
 
 
 def magnitude_bin(v: Tensor) -> Tensor:
-    """The fine bin of float32 or float64 values among those without thresholds, int32; NaN goes anywhere."""
+    """The magnitude bin of float32 or float64 values, int32; NaN goes anywhere."""
     integer, mantissa, bias = _LAYOUT[v.dtype]
-    upper = v >= 0.5
     w = torch.minimum(v, 1 - v)
     first_octave = (bias - OCTAVES - 1) << MANTISSA_BITS
     octave = (w.view(integer) >> (mantissa - MANTISSA_BITS)).sub_(first_octave - STEPS).to(torch.int32)
     linear = w.mul_(2.0 ** (OCTAVES + 1 + MANTISSA_BITS)).clamp_(-1, STEPS).to(torch.int32)
     half = torch.maximum(octave, linear, out=octave).clamp_(0, HALF - 1)
-    return torch.where(upper, 2 * HALF - 1 - half, half)
+    # |half - 0| below 1/2, |half - (2 HALF - 1)| above: the mirror image.
+    return half.add_(v >= 0.5, alpha=1 - 2 * HALF).abs_()
 
 
 def thresholds_below(v: Tensor) -> Tensor:
@@ -64,48 +66,106 @@ def fine_bin(v: Tensor) -> Tensor:
     return magnitude_bin(v).add_(thresholds_below(v))
 
 
-def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
-    """The reliability bin of float64 probabilities, int64."""
-    return (p * (num_bins / RELIABILITY_RANGE)).long().clamp_(0, num_bins - 1)
-
-
-def _with_top(p: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes (K, c) with the largest one below them, and which that is, int64 (c,); the first of equals."""
-    largest, which = p[0], torch.zeros(p.shape[1:], dtype=torch.int32, device=p.device)
-    for k in range(1, len(p)):
-        # k where class k is larger, else 0: classes come in ascending order.
-        which = torch.maximum(which, (p[k] > largest).to(torch.int32).mul_(k))
-        largest = torch.maximum(largest, p[k])
-    return torch.cat([p, largest[None]]), which.long()
+def _reliability_bin(p: Tensor, num_bins: int) -> Tensor:
+    """The reliability bin of float64 probabilities, int32."""
+    return (p * (num_bins / RELIABILITY_RANGE)).to(torch.int32).clamp_(0, num_bins - 1)
 
 
 def _tally(counts: Tensor, index: Tensor, ones: Tensor) -> None:
-    """counts.flatten()[index] += 1, for every one of the indices."""
+    """counts.flatten()[index] += 1 for every one of the indices, at most as many as `ones`."""
     index = index.flatten().long()
     counts.view(-1).scatter_add_(0, index, ones[: index.numel()])
+
+
+def _chosen(chosen: Tensor, *maps: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Maps (..., c) at the voxels (c,) that are chosen."""
+    if bool(chosen.all()):
+        return maps
+    index = chosen.nonzero()[:, 0]
+    return tuple(None if x is None else x.gather(-1, index.expand(*x.shape[:-1], -1)) for x in maps)
 
 
 def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """`reference.binary_histogram`."""
     counts = torch.zeros((*flag.shape[:2], 2, BINS), dtype=torch.int64, device=value.device)
     undefined = torch.zeros(value.shape[0], dtype=torch.int64, device=value.device)
-    ones = None
-    for n, voxels in voxel_slices(value[:, None], _ROWS):
+    pieces = list(voxel_slices(value[:, None], _ROWS))
+    ones = counts.new_ones(pieces[0][1].stop)
+    for n, voxels in pieces:
         v, flags = value[n, voxels].to(working_dtype(value.dtype)), flag[n, :, voxels]
-        chosen = ~v.isnan()
         if counted is not None:
-            chosen &= counted[n, voxels]
-            undefined[n] += counted[n, voxels].sum() - chosen.sum()
-        else:
-            undefined[n] += v.numel() - chosen.sum()
-        if not bool(chosen.all()):
-            index = chosen.nonzero()[:, 0]
-            v, flags = v.gather(0, index), flags.gather(1, index.expand(len(flags), -1))
+            v, flags = _chosen(counted[n, voxels], v, flags)
+        broken = v.isnan()
+        undefined[n] += broken.sum()
+        v, flags = _chosen(~broken, v, flags)
         bins = fine_bin(v)
-        ones = torch.ones_like(bins, dtype=torch.int64) if ones is None else ones
         for c, wrong in enumerate(flags):
             _tally(counts[n, c], bins.add(wrong, alpha=BINS), ones)
     return counts, undefined
+
+
+@dataclass
+class _Sums:
+    """What the sweep adds up of one image; the result of `segmentation_histograms` follows from it."""
+
+    confidence_sums: Tensor  # (K + 1, num_bins) float64
+    confidence_counts: Tensor  # (K + 1, num_bins, 2): misses and hits
+    confidence: Tensor  # (K + 1, 2, magnitude bins)
+    errors: Tensor  # (2, BINS)
+    errors_of_class: Tensor  # (K, BINS)
+    loss: Tensor  # (2, K) float64
+    undefined: Tensor  # (2,)
+    ones: Tensor  # as many as there are confidences in a piece
+
+    def add_confidence(self, p: Tensor, label: Tensor) -> Tensor:
+        """Probabilities (K, c) and labels (c,) int64, none to be left out; returns the top label (c,) int64."""
+        k, num_bins = len(p), self.confidence_sums.shape[1]
+        row = torch.arange(k + 1, dtype=torch.int32, device=p.device)[:, None]
+        q, top = _with_top(p)
+        hit = torch.cat([label.to(torch.int32) == row[:k], (top == label)[None]])
+        exact = q.double()
+        bins = _reliability_bin(exact, num_bins).add_(row * num_bins)
+        self.confidence_sums.view(-1).scatter_add_(0, bins.flatten().long(), exact.flatten())
+        _tally(self.confidence_counts, bins.mul_(2).add_(hit), self.ones)
+        if self.confidence.numel():
+            _tally(self.confidence, magnitude_bin(q).add_(hit, alpha=2 * HALF).add_(row * (4 * HALF)), self.ones)
+        own = exact[:k].gather(0, label[None])
+        self.loss[1].scatter_add_(0, label, torch.special.xlogy(own.new_tensor(-1.0), own[0]))
+        exact[:k].scatter_(0, label[None], own - 1)
+        self.loss[0] += exact[:k].square().sum(1)
+        return top
+
+    def add_errors(self, u: Tensor, top: Tensor, label: Tensor) -> None:
+        """Uncertainty (c,) float32 or float64, none of it NaN, top label and label."""
+        wrong = top != label
+        bins = fine_bin(u)
+        _tally(self.errors, bins.add(wrong, alpha=BINS), self.ones)
+        few = wrong.nonzero()[:, 0]
+        bins = bins.gather(0, few)
+        for owner in (label, top):
+            _tally(self.errors_of_class, owner.gather(0, few).mul_(BINS).add_(bins), self.ones)
+
+    def result(self) -> tuple[Tensor, ...]:
+        misses, hits = self.confidence_counts.unbind(-1)
+        reliability = torch.stack([self.confidence_sums, hits.double(), (misses + hits).double()], 1)
+        wrong = torch.cat([self.errors_of_class, self.errors[1:]])
+        return (
+            reliability,
+            self.confidence,
+            torch.stack([self.errors.sum(0) - wrong, wrong], 1),
+            self.loss,
+            self.undefined,
+        )
+
+
+def _with_top(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes (K, c) with the largest one below them, and which that is, int64 (c,); the first of equals."""
+    largest, top = p[0], torch.zeros(p.shape[1:], dtype=torch.int32, device=p.device)
+    for k in range(1, len(p)):
+        # k where class k is larger, else 0: classes come in ascending order.
+        top = torch.maximum(top, (p[k] > largest).to(torch.int32).mul_(k))
+        largest = torch.maximum(largest, p[k])
+    return torch.cat([p, largest[None]]), top.long()
 
 
 def segmentation_histograms(
@@ -118,75 +178,45 @@ def segmentation_histograms(
     fine: bool,
 ) -> tuple[Tensor, ...]:
     """`reference.segmentation_histograms`."""
-    n, k = probability.shape[:2]
-    device = probability.device
+    k = probability.shape[1]
     p_flat, label_flat = flat(probability), target.flatten(1)
     mask_flat = None if mask is None else mask.flatten(1)
     u_flat = None if uncertainty is None else uncertainty.flatten(1)
-    magnitudes = 2 * HALF if fine else 0
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros((n, *shape), dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=probability.device)
 
-    sums, tallies = zeros(k + 1, num_bins, dtype=torch.float64), zeros(k + 1, num_bins, 2)
-    confidence, loss = zeros(k + 1, 2, magnitudes), zeros(2, k, dtype=torch.float64)
-    errors, wrong_of_class, undefined = zeros(2, BINS), zeros(k, BINS), zeros(2)
-    row = torch.arange(k + 1, dtype=torch.int32, device=device)[:, None]
-    minus_one = torch.tensor(-1.0, dtype=torch.float64, device=device)
-    ones: Tensor | None = None
-
-    for image, voxels in voxel_slices(p_flat, _ROWS * (k + 1)):
+    pieces = list(voxel_slices(p_flat, _ROWS * (k + 1)))
+    ones = zeros((k + 1) * pieces[0][1].stop).fill_(1)
+    sums = [
+        _Sums(
+            zeros(k + 1, num_bins, dtype=torch.float64),
+            zeros(k + 1, num_bins, 2),
+            zeros(k + 1, 2, 2 * HALF if fine else 0),
+            zeros(2, 0 if u_flat is None else BINS),
+            zeros(k, 0 if u_flat is None else BINS),
+            zeros(2, k, dtype=torch.float64),
+            zeros(2),
+            ones,
+        )
+        for _ in probability
+    ]
+    for image, voxels in pieces:
         p, label = p_flat[image, :, voxels], label_flat[image, voxels]
         u = None if u_flat is None else u_flat[image, voxels]
         counted = counted_voxels(label, ignore_index)
         if mask_flat is not None:
             counted = counted & mask_flat[image, voxels]
+        p, label, u = _chosen(counted, p.to(working_dtype(p.dtype)), label.long(), u)
         if bool(p.sum().isnan()):
-            broken = p.isnan().any(0) & counted
-            undefined[image, 0] += broken.sum()
-            counted = counted & ~broken
-        if not bool(counted.all()):
-            index = counted.nonzero()[:, 0]
-            p, label = p.gather(1, index.expand(k, -1)), label.gather(0, index)
-            u = None if u is None else u.gather(0, index)
-        if not label.numel():
-            continue
-
-        label = label.long()
-        q, predicted = _with_top(p.to(working_dtype(p.dtype)))
-        hit = torch.cat([label == row[:k], (predicted == label)[None]])
-        if ones is None:  # the first piece is the largest
-            ones = torch.ones((k + 1) * (voxels.stop - voxels.start), dtype=torch.int64, device=device)
-        exact = q.double()
-        bins = reliability_bin(exact, num_bins).add_(row * num_bins)
-        sums[image].view(-1).scatter_add_(0, bins.flatten(), exact.flatten())
-        _tally(tallies[image], bins.mul_(2).add_(hit), ones)
-        if fine:
-            _tally(confidence[image], magnitude_bin(q).add_(hit, alpha=magnitudes).add_(row * (2 * magnitudes)), ones)
-        own = exact[:k].gather(0, label[None])
-        loss[image, 1].scatter_add_(0, label, torch.special.xlogy(minus_one, own[0]))
-        exact[:k].scatter_(0, label[None], own - 1)
-        loss[image, 0] += exact[:k].square().sum(1)
+            broken = p.isnan().any(0)
+            sums[image].undefined[0] += broken.sum()
+            p, label, u = _chosen(~broken, p, label, u)
+        top = sums[image].add_confidence(p, label)
         if u is None:
             continue
-
         u = u.to(working_dtype(u.dtype))
-        wrong = ~hit[k]
-        if bool(u.sum().isnan()):
-            defined = ~u.isnan()
-            undefined[image, 1] += u.numel() - defined.sum()
-            index = defined.nonzero()[:, 0]
-            u, wrong, predicted, label = (t.gather(0, index) for t in (u, wrong, predicted, label))
-        code = fine_bin(u)
-        _tally(errors[image], code.add(wrong, alpha=BINS), ones)
-        few = wrong.nonzero()[:, 0]
-        code = code.gather(0, few)
-        for owner in (label, predicted):
-            _tally(wrong_of_class[image], owner.gather(0, few) * BINS + code, ones)
-
-    misses, hits = tallies.unbind(-1)
-    reliability = torch.stack([sums, hits.double(), (misses + hits).double()], 2)
-    if u_flat is None:
-        return reliability, confidence, zeros(k + 1, 2, 0), loss, undefined
-    wrongs = torch.cat([wrong_of_class, errors[:, 1:]], 1)
-    return reliability, confidence, torch.stack([errors.sum(1, keepdim=True) - wrongs, wrongs], 2), loss, undefined
+        broken = u.isnan()
+        sums[image].undefined[1] += broken.sum()
+        sums[image].add_errors(*_chosen(~broken, u, top, label))
+    return tuple(torch.stack(t) for t in zip(*(s.result() for s in sums), strict=True))
