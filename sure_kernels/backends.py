@@ -37,6 +37,7 @@ TRITON_OPS = (
     "evidential_loss",
     "supervised_evidential_loss",
     "pairwise_ranking_loss",
+    "segmentation_histograms",
     "noise_uncertainty_loss",
     "boundary_distance",
     "boundary_band",

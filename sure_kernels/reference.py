@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sure_kernels import functional
+from sure_kernels import functional, metrics
 from sure_kernels.backends import backend
 from sure_kernels.ops.evidential.reference import (
     adaptive_tversky,
@@ -44,6 +44,7 @@ __all__ = [
     "pairwise_ranking_loss",
     "prius_distance_loss",
     "sample_noise_patches",
+    "segmentation_histograms",
     "soft_dice",
     "soft_distance_loss",
     "soft_gradient_loss",
@@ -76,3 +77,4 @@ gradient_uncertainty_loss = _by_reference(functional.gradient_uncertainty_loss)
 noise_uncertainty_loss = _by_reference(functional.noise_uncertainty_loss)
 sample_noise_patches = _by_reference(functional.sample_noise_patches)
 supervised_evidential_loss = _by_reference(functional.supervised_evidential_loss)
+segmentation_histograms = _by_reference(metrics.segmentation_histograms)

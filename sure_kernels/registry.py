@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sure_kernels import functional, reference
+from sure_kernels import functional, metrics, reference
 
 Call = tuple[tuple[Tensor, ...], dict[str, Any]]
 PARTS = ("reference", "closed_form", "op")
@@ -32,6 +32,7 @@ class OpSpec:
             positional argument is the one that gets a gradient, where there is one.
         differentiable: whether the op has a backward.
         parts: modules the room must have.
+        home: where the public function is found.
     """
 
     name: str
@@ -39,10 +40,11 @@ class OpSpec:
     example: Callable[[torch.Generator, int, tuple[int, ...], torch.dtype], Call]
     differentiable: bool = True
     parts: tuple[str, ...] = PARTS
+    home: ModuleType = functional
 
     @property
     def function(self) -> Callable[..., Any]:
-        return getattr(functional, self.name)
+        return getattr(self.home, self.name)
 
     @property
     def reference(self) -> Callable[..., Any]:
@@ -126,5 +128,15 @@ OPS = (
             ),
             {"weights": (1.0, 0.0, 1.0)},
         ),
+    ),
+    OpSpec(
+        "segmentation_histograms",
+        "histograms",
+        lambda g, k, s, d: (
+            (_logits(g, k, s, d).softmax(1), blobs(g, k, s), torch.rand((1, 1, *s), generator=g).to(d)),
+            {},
+        ),
+        differentiable=False,
+        home=metrics,
     ),
 )

@@ -67,7 +67,7 @@ def reliability_curve(
     sums = segmentation_histograms(
         probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index, confidence=False
     )
-    return answer(*curve_of(columns(sums, per_class)), return_reason)
+    return answer(curve_of(columns(sums, per_class)), return_reason)
 
 
 def expected_calibration_error(
@@ -90,7 +90,7 @@ def expected_calibration_error(
     sums = segmentation_histograms(
         probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index, confidence=False
     )
-    return answer(*ece_of(columns(sums, per_class)), return_reason)
+    return answer(ece_of(columns(sums, per_class)), return_reason)
 
 
 def adaptive_calibration_error(
@@ -120,7 +120,7 @@ def adaptive_calibration_error(
     """
     if check_choice(method, "method", ("exact", "histogram")) == "histogram":
         sums = segmentation_histograms(probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index)
-        return answer(*ace_of(columns(sums, per_class), num_bins), return_reason)
+        return answer(ace_of(columns(sums, per_class), num_bins), return_reason)
     check_num_bins(num_bins)
     values, voxels = [], []
     for p, label, counted in zip(*counted_voxels_of(probability, target, mask, ignore_index), strict=True):
@@ -136,7 +136,7 @@ def adaptive_calibration_error(
     if not per_class:
         value, number = value[:, 0], number[:, 0]
     result = scored(value, (Undefined.NO_VOXEL, number == 0), (Undefined.NAN_INPUT, value.isnan()))
-    return answer(*result, return_reason)
+    return answer(result, return_reason)
 
 
 def brier_score(
@@ -158,7 +158,7 @@ def brier_score(
     sums = segmentation_histograms(
         probability, target, num_bins=1, mask=mask, ignore_index=ignore_index, confidence=False
     )
-    return answer(*brier_of(columns(sums, per_class)), return_reason)
+    return answer(brier_of(columns(sums, per_class)), return_reason)
 
 
 def negative_log_likelihood(
@@ -181,7 +181,7 @@ def negative_log_likelihood(
     sums = segmentation_histograms(
         probability, target, num_bins=1, mask=mask, ignore_index=ignore_index, confidence=False
     )
-    return answer(*nll_of(columns(sums, per_class), per_class), return_reason)
+    return answer(nll_of(columns(sums, per_class), per_class), return_reason)
 
 
 class ReliabilityCurve(PooledHistograms):

@@ -219,9 +219,9 @@ def _detect(
     if check_choice(method, "method", ("exact", "histogram")) == "histogram":
         errors, undefined = points.histograms()
         result, reason = from_histograms(statistic, errors, undefined[:, None].expand(errors.shape[:2]))
-        return answer(Bounded(*map(points.shaped, result)), points.shaped(reason), return_reason)
+        return answer((Bounded(*map(points.shaped, result)), points.shaped(reason)), return_reason)
     values, reasons = zip(*(_sorted(statistic, points, row) for row in range(len(points.uncertainty))), strict=True)
-    return answer(points.shaped(torch.stack(values)), points.shaped(torch.stack(reasons)), return_reason)
+    return answer((points.shaped(torch.stack(t)) for t in (values, reasons)), return_reason)
 
 
 def _sorted(statistic: Statistic, points: Points, row: int) -> Scored:

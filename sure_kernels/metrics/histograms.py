@@ -130,17 +130,13 @@ def columns(sums: SegmentationHistograms, per_class: bool) -> SegmentationHistog
 
     `loss` then is (..., 2), of each class or of all.
     """
-    reliability, confidence, errors, loss, undefined = sums
+    chosen = slice(-1) if per_class else -1
+    reliability, confidence, errors = (t[..., chosen, :, :] for t in sums[:3])
+    loss, undefined = sums.loss.sum(-1), sums.undefined
     if per_class:
-        k = loss.shape[-1]
-        return SegmentationHistograms(
-            *(t[..., :-1, :, :] for t in (reliability, confidence, errors)),
-            loss.transpose(-1, -2),
-            undefined[..., None, :].expand(*undefined.shape[:-1], k, 2),
-        )
-    return SegmentationHistograms(
-        *(t[..., -1, :, :] for t in (reliability, confidence, errors)), loss.sum(-1), undefined
-    )
+        loss = sums.loss.transpose(-1, -2)
+        undefined = undefined[..., None, :].expand_as(loss)
+    return SegmentationHistograms(reliability, confidence, errors, loss, undefined)
 
 
 class PooledHistograms(SumState):

@@ -61,7 +61,7 @@ def noise_response(
         Response(*(as_result(torch.stack(t), points) for t in zip(*part, strict=True)))
         for part in zip(*result, strict=True)
     )
-    return answer(response, reason, return_reason)
+    return answer((response, reason), return_reason)
 
 
 class NoiseResponse(SumState):

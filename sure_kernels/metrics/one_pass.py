@@ -87,7 +87,7 @@ def calibration_error_detection(
     sums = segmentation_histograms(
         probability, target, uncertainty, num_bins=num_bins, mask=mask, ignore_index=ignore_index
     )
-    return answer(*scores_of(sums, num_bins), return_reason)
+    return answer(scores_of(sums, num_bins), return_reason)
 
 
 class CalibrationErrorDetection(SumState):

@@ -37,7 +37,7 @@ def uncertainty_error_overlap(
     points = check_points(uncertainty, error, mask)
     errors, undefined = points.histograms()
     result = ueo_of(errors, undefined[:, None].expand(errors.shape[:2]))
-    return answer(*map(points.shaped, result), return_reason)
+    return answer(map(points.shaped, result), return_reason)
 
 
 class UncertaintyErrorOverlap(PooledErrors):

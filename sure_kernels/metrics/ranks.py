@@ -72,7 +72,7 @@ def uncertainty_correlation(
         (Undefined.FEW_POINTS, sets.by_row((points > 1).long()) == 0),
         (Undefined.CONSTANT, number == 0),
     )
-    return answer(*(as_result(t, x) for t in result), return_reason)
+    return answer((as_result(t, x) for t in result), return_reason)
 
 
 def uncertainty_ratio(
@@ -137,7 +137,7 @@ def uncertainty_ratio(
         (Undefined.FEW_POINTS, sets.by_row(total) == 0),
         (Undefined.NO_PAIR, sets.by_row(among) == 0),
     )
-    return answer(*(as_result(t, x) for t in result), return_reason)
+    return answer((as_result(t, x) for t in result), return_reason)
 
 
 class UncertaintyCorrelation(CaseMean):

@@ -8,6 +8,7 @@ several tensors, so has the reason.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ def scored(value: Tensor, *reasons: tuple[Undefined, Tensor]) -> Scored:
     return Scored(torch.where(reason == 0, value, torch.nan), reason)
 
 
-def answer(result: Any, reason: Any, return_reason: bool) -> Any:
-    """What a public function returns."""
+def answer(scored: Iterable[Any], return_reason: bool) -> Any:
+    """What a public function returns: (result, reason), or the result alone."""
+    result, reason = scored
     return (result, reason) if return_reason else result

@@ -77,12 +77,12 @@ def _tally(counts: Tensor, index: Tensor, ones: Tensor) -> None:
     counts.view(-1).scatter_add_(0, index, ones[: index.numel()])
 
 
-def _chosen(chosen: Tensor, *maps: Tensor | None) -> tuple[Tensor | None, ...]:
+def _chosen(chosen: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
     """Maps (..., c) at the voxels (c,) that are chosen."""
     if bool(chosen.all()):
         return maps
     index = chosen.nonzero()[:, 0]
-    return tuple(None if x is None else x.gather(-1, index.expand(*x.shape[:-1], -1)) for x in maps)
+    return tuple(x.gather(-1, index.expand(*x.shape[:-1], -1)) for x in maps)
 
 
 def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -202,21 +202,22 @@ def segmentation_histograms(
         for _ in probability
     ]
     for image, voxels in pieces:
-        p, label = p_flat[image, :, voxels], label_flat[image, voxels]
-        u = None if u_flat is None else u_flat[image, voxels]
+        label = label_flat[image, voxels]
+        maps: tuple[Tensor, ...] = (p_flat[image, :, voxels].to(working_dtype(p_flat.dtype)), label.long())
+        if u_flat is not None:
+            maps += (u_flat[image, voxels].to(working_dtype(u_flat.dtype)),)
         counted = counted_voxels(label, ignore_index)
         if mask_flat is not None:
             counted = counted & mask_flat[image, voxels]
-        p, label, u = _chosen(counted, p.to(working_dtype(p.dtype)), label.long(), u)
-        if bool(p.sum().isnan()):
-            broken = p.isnan().any(0)
+        maps = _chosen(counted, *maps)
+        if bool(maps[0].sum().isnan()):
+            broken = maps[0].isnan().any(0)
             sums[image].undefined[0] += broken.sum()
-            p, label, u = _chosen(~broken, p, label, u)
+            maps = _chosen(~broken, *maps)
+        p, label = maps[:2]
         top = sums[image].add_confidence(p, label)
-        if u is None:
-            continue
-        u = u.to(working_dtype(u.dtype))
-        broken = u.isnan()
-        sums[image].undefined[1] += broken.sum()
-        sums[image].add_errors(*_chosen(~broken, u, top, label))
+        for u in maps[2:]:
+            broken = u.isnan()
+            sums[image].undefined[1] += broken.sum()
+            sums[image].add_errors(*_chosen(~broken, u, top, label))
     return tuple(torch.stack(t) for t in zip(*(s.result() for s in sums), strict=True))

@@ -376,7 +376,10 @@ def compile_cases() -> list[KernelCases]:
     def arguments(kernel: Any, f: Flags) -> Arguments:
         types = {name: "i64" for name in kernel.arg_names if name.startswith("s_")}
         types |= dict.fromkeys(_RUN_TIME, "i32")
-        types |= {"p_value": pointer_type(f["dtype"]), "p_uncertainty": pointer_type(f.get("uncertainty", f["dtype"]))}
+        types |= {
+            "p_value": pointer_type(f["dtype"]),
+            "p_uncertainty": pointer_type(f["uncertainty" if "uncertainty" in f else "dtype"]),
+        }
         types |= {"p_label": f"*{f['labels']}", "p_mask": "*u8", "p_counts": "*i32", "p_undefined": "*i32"}
         types |= {"p_sums": "*fp64"}
         constants = {"MODE": f["mode"], "HAS_MASK": f["mask"], "BLOCK": BLOCK}
