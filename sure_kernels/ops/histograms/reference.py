@@ -55,7 +55,7 @@ def magnitude_edges() -> Tensor:
 
 def magnitude_bin(v: Tensor) -> Tensor:
     """The magnitude bin of each value, int64; NaN goes anywhere."""
-    v, half = v.double(), half_edges().to(v.device)
+    v, half = v.double().contiguous(), half_edges().to(v.device)
     below = torch.bucketize(v, half, right=True)
     above = 2 * HALF - 1 - torch.bucketize(1 - v, half, right=True)
     return torch.where(v < 0.5, below, above)
@@ -63,7 +63,7 @@ def magnitude_bin(v: Tensor) -> Tensor:
 
 def fine_bin(v: Tensor) -> Tensor:
     """The fine bin of each value, int64; NaN goes anywhere."""
-    return magnitude_bin(v) + torch.bucketize(v.double(), thresholds().to(v.device))
+    return magnitude_bin(v) + torch.bucketize(v.double().contiguous(), thresholds().to(v.device))
 
 
 def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
@@ -151,8 +151,8 @@ def segmentation_histograms(
     squares = (p - y.double()).square().where(counted[:, None], 0).sum(-1)
     log_loss = (-p.log()).where(counted[:, None] & y, 0).sum(-1)
 
-    counts = torch.zeros((n, k + 1, 2, 0), dtype=torch.int64, device=p.device)
-    errors, without = counts, torch.zeros_like(undefined)
+    counts, errors = (torch.zeros((n, k + 1, 2, 0), dtype=torch.int64, device=p.device) for _ in range(2))
+    without = torch.zeros_like(undefined)
     if fine:
         columns = range(k + 1)
         counts = torch.cat(
