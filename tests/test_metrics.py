@@ -1,4 +1,7 @@
-"""Metrics against golden numbers, scipy, sklearn and brute force."""
+"""Ranks, noise response, calibration and overlap against golden numbers, SciPy, scikit-learn, torchmetrics.
+
+Error detection has `test_error_detection.py`, undefined cases and dtypes `test_metrics_edges.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tolerances import EXACT_METRIC, GOLDEN_FLOAT32, GOLDEN_FLOAT64, GOLDEN_OFFICIAL
 
 from sure_kernels import metrics
 
@@ -93,6 +97,116 @@ def test_ranks_agree_with_golden(index):
         )
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_official_ranks_are_the_published(index, golden):
+    stored = golden(f"06_ucc_ur_sure_{index}")
+    rise, distance = (stored["u1"] - stored["u"])[:, None], stored["d"][:, None]
+    mask = distance <= stored["threshold"]
+    correlation = metrics.uncertainty_correlation(distance, rise, mask=mask, compat="official")
+    torch.testing.assert_close(correlation, stored["d_corr_stable"], rtol=GOLDEN_FLOAT64, atol=0, equal_nan=True)
+    ratio = metrics.uncertainty_ratio(distance, rise, mask=mask, compat="official")
+    torch.testing.assert_close(ratio, stored["d_ratio"], rtol=GOLDEN_FLOAT32, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        ratio, metrics.uncertainty_ratio(distance, rise, mask=mask, ties="official"), rtol=0, atol=0, equal_nan=True
+    )
+    # On the voxels that the published program samples along the gradient.
+    for row, sample in enumerate(stored["g_idx"].long().split(stored["g_n"].tolist())):
+        edge = stored["d"][row] <= stored["g_threshold"]
+        if len(sample) < 2:  # nothing to compare; the published program gives 0
+            assert stored["g_ratio"][row] == 0
+            continue
+        g, u = stored["g"][row][edge], stored["u"][row][edge]
+        order = g.argsort(stable=True)[sample]
+        ratio = metrics.uncertainty_ratio(g[order], u[order], compat="official")
+        torch.testing.assert_close(ratio, stored["g_ratio"][row], rtol=GOLDEN_FLOAT32, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_official_ranks_within_classes_are_the_published(index, golden):
+    """PriUS: ratios averaged over classes, pairs at the same distance whose uncertainties differ by less than 1e-4."""
+    stored = golden(f"07_ucc_ur_prius_{index}")
+    distance, classes = stored["d"][:, None], stored["labels"][:, None]
+    mask = distance <= stored["threshold"]
+    rows = stored["d_class_counts"]
+    for name in ("u", "u2"):
+        u = stored[name][:, None]
+        for x, y in ((u, distance), (distance, u)):
+            ratio = metrics.uncertainty_ratio(x, y, mask=mask, groups=classes, compat="official")
+            expected = stored[f"d_3d_{name}_allpairs"][0]
+            torch.testing.assert_close(ratio.mean(), expected, rtol=GOLDEN_FLOAT64, atol=0)
+    u = stored["u"][:, None]
+    plain = metrics.uncertainty_ratio(distance, u, mask=mask, groups=classes)
+    for column, compat in ((0, "official"), (1, None)):
+        correlation = metrics.uncertainty_correlation(distance, u, mask=mask, groups=classes, compat=compat)
+        for n in range(len(u)):
+            mine = (rows[:, 0] == n) & (rows[:, 2] > 1)
+            expected = stored["d_class_corr"][mine, column].nanmean()
+            torch.testing.assert_close(correlation[n], expected, rtol=GOLDEN_FLOAT64, atol=0)
+            discordant, concordant = rows[mine, 4].sum(), rows[mine, 5].sum()
+            assert plain[n].item() == (discordant / (discordant + concordant).double()).item()
+
+
+@given(st.integers(2, 30), st.integers(1, 8), st.integers(1, 3), st.integers(0, 10_000))
+@settings(max_examples=40)
+def test_official_ratio_within_groups_is_brute_force(n, levels, kinds, seed):
+    g = np.random.default_rng(seed)
+    x, y, group = g.integers(levels, size=n) / 2, g.integers(levels, size=n) / 2, g.integers(kinds, size=n)
+    x, y = (v + g.choice([0, 4e-5, 2e-4], n) for v in (x, y))
+    ratios = []
+    for k in range(kinds):
+        members = np.flatnonzero(group == k)
+        pairs = list(itertools.combinations(members, 2))
+        follow = [
+            (x[i] - x[j]) * (y[i] - y[j]) < 0
+            or (x[i] == x[j] and abs(y[i] - y[j]) < 1e-4)
+            or (y[i] == y[j] and abs(x[i] - x[j]) < 1e-4)
+            for i, j in pairs
+        ]
+        if pairs:
+            ratios.append(np.mean(follow))
+    found = metrics.uncertainty_ratio(
+        torch.from_numpy(x), torch.from_numpy(y), groups=torch.from_numpy(group), compat="official"
+    )
+    assert found.item() == pytest.approx(np.mean(ratios) if ratios else np.nan, abs=1e-12, nan_ok=True)
+
+
+def test_many_rows_and_groups_are_their_calls():
+    g = torch.Generator().manual_seed(5)
+    x, y = (torch.randint(6, (4, 90), generator=g).float() for _ in range(2))
+    groups, mask = torch.randint(5, (4, 90), generator=g), torch.rand((4, 90), generator=g) < 0.6
+    mask[2] = False
+    for function in (metrics.uncertainty_correlation, metrics.uncertainty_ratio):
+        found = function(x, y, mask=mask, groups=groups)
+        for row in range(4):
+            chosen = mask[row]
+            alone = function(x[row][chosen], y[row][chosen], groups=groups[row][chosen])
+            torch.testing.assert_close(found[row], alone, rtol=0, atol=0, equal_nan=True)
+
+
+def test_ranks_do_not_depend_on_the_order_of_points():
+    g = torch.Generator().manual_seed(6)
+    x, y = (torch.randint(40, (500,), generator=g).float() for _ in range(2))
+    order = torch.randperm(500, generator=g)
+    for function in (metrics.uncertainty_correlation, metrics.uncertainty_ratio):
+        assert torch.equal(function(x, y), function(x[order], y[order]))
+
+
+def test_correlation_of_many_points_is_exact():
+    g = torch.Generator().manual_seed(7)
+    x, y = (torch.rand(50_000, generator=g) for _ in range(2))
+    y = (y + 0.3 * x).mul(500).round()
+    expected = stats.spearmanr(x.numpy(), y.numpy()).statistic
+    assert metrics.uncertainty_correlation(x, y).item() == pytest.approx(expected, abs=EXACT_METRIC)
+    tau = stats.kendalltau(x.numpy(), y.numpy(), variant="b").statistic
+    # Tau-b from the ratio: tau = (C - D) / sqrt((pairs - tied in x) (pairs - tied in y)).
+    ratio = metrics.uncertainty_ratio(x, y, relation="increasing").item()
+    pairs = 50_000 * 49_999 / 2
+    tied = [pairs - sum(n * (n - 1) / 2 for n in np.unique(v.numpy(), return_counts=True)[1].tolist()) for v in (x, y)]
+    joint = np.unique(torch.stack([x, y]).numpy(), axis=1, return_counts=True)[1]
+    untied = sum(tied) - pairs + sum(n * (n - 1) / 2 for n in joint.tolist())
+    assert (2 * ratio - 1) * untied / math.sqrt(tied[0] * tied[1]) == pytest.approx(tau, abs=EXACT_METRIC)
+
+
 def test_correlation_within_groups_is_their_mean():
     x, y = ties(60, 3, 9)
     groups = torch.arange(60) % 3
@@ -168,7 +282,187 @@ def test_half_precision_ranks_are_exact():
     assert metrics.uncertainty_correlation(x, y).item() == pytest.approx(expected, abs=1e-12)
 
 
+# Noise
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_share_of_rising_voxels_is_the_published(index, golden):
+    stored = golden(f"06_ucc_ur_sure_{index}")
+    maps = [stored[name][:, None] for name in ("u1", "u2")]
+    levels = stored["sigma"].tolist()
+    options = {"distance": stored["d"], "near": float(stored["threshold"])}
+    for order, name in ((slice(None), "ratio_sigma"), (slice(None, None, -1), "ratio_sigma_rev")):
+        pooled = metrics.NoiseResponse(num_levels=2)
+        pooled.update(maps, levels[order], **options)
+        assert pooled.compute().share.item() == pytest.approx(stored[name], rel=GOLDEN_OFFICIAL)
+        found = metrics.noise_response(maps, levels[order], **options)
+        voxels = (stored["d"] <= stored["threshold"]).flatten(1).sum(1)
+        rising = (found.share[:, 0].where(voxels > 0, 0) * voxels).sum()
+        assert (rising / voxels.sum()).item() == pytest.approx(stored[name], rel=GOLDEN_OFFICIAL)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_correlation_with_noise_is_scipys(tied):
+    g = torch.Generator().manual_seed(8)
+    maps = [torch.rand((2, 1, 5, 6), generator=g) + 0.2 * level for level in range(4)]
+    if tied:
+        maps = [(3 * m).round() for m in maps]
+    levels = [0.0, torch.tensor([0.3, 0.1]), torch.tensor([0.2, 0.5]), 0.7]
+    distance, mask = 6 * torch.rand((2, 5, 6), generator=g), torch.rand((2, 5, 6), generator=g) < 0.9
+    found = metrics.noise_response(maps, levels, distance=distance, near=3.0, mask=mask)
+    assert found.share.shape == (2, 3)
+    assert found.share.dtype == found.correlation.dtype == torch.float64
+    near = (distance <= 3) & mask
+    for n in range(2):
+        u = np.stack([m[n, 0][near[n]].numpy() for m in maps])
+        s = [level if isinstance(level, float) else float(level[n]) for level in levels]
+        each = [stats.spearmanr(u[:, i], s).statistic for i in range(u.shape[1]) if np.ptp(u[:, i]) > 0]
+        assert found.correlation[n].item() == pytest.approx(np.mean(each), abs=1e-12)
+        follows = [np.mean((u[i + 1] - u[i]) * (s[i + 1] - s[i]) > 0) for i in range(3)]
+        np.testing.assert_allclose(found.share[n], follows, atol=1e-12)
+    rows = metrics.noise_response(
+        [m.flatten(1) for m in maps], levels, distance=distance.flatten(1), near=3.0, mask=mask.flatten(1)
+    )
+    torch.testing.assert_close(rows, found, rtol=0, atol=0)
+    one = metrics.noise_response(
+        [m[0].flatten() for m in maps], [0.0, 0.3, 0.2, 0.7], distance=distance[0].flatten(), near=3.0,
+        mask=mask[0].flatten(),
+    )  # fmt: skip
+    torch.testing.assert_close(one, metrics.Response(found.share[0], found.correlation[0]), rtol=0, atol=0)
+
+
+def test_noise_response_pools_voxels():
+    g = torch.Generator().manual_seed(9)
+    maps = [torch.rand((3, 1, 4, 5), generator=g) for _ in range(3)]
+    distance = 6 * torch.rand((3, 4, 5), generator=g)
+    pooled = metrics.NoiseResponse(num_levels=3)
+    for part in (slice(0, 1), slice(1, 3)):
+        pooled.update([m[part] for m in maps], [0.1, 0.5, 0.9], distance=distance[part])
+    joined = metrics.noise_response([m.flatten() for m in maps], [0.1, 0.5, 0.9], distance=distance.flatten())
+    torch.testing.assert_close(pooled.compute(), joined, rtol=1e-12, atol=1e-12)
+
+
+def test_noise_response_errors():
+    u, distance = torch.rand(2, 6), torch.rand(2, 6)
+    with pytest.raises(ValueError, match="maps: expected two or more and as many levels, got 1 and 1"):
+        metrics.noise_response([u], [0.1], distance=distance)
+    with pytest.raises(ValueError, match="maps: expected two or more and as many levels, got 2 and 3"):
+        metrics.noise_response([u, u], [0.1, 0.2, 0.3], distance=distance)
+    with pytest.raises(ValueError, match=r"maps\[1\]: expected shape \(2, 6\) like maps\[0\], got \(2, 5\)"):
+        metrics.noise_response([u, u[:, :5]], [0.1, 0.2], distance=distance)
+    with pytest.raises(ValueError, match=r"distance: expected shape \(2, 6\) like maps\[0\]"):
+        metrics.noise_response([u, u], [0.1, 0.2], distance=distance[:1])
+    with pytest.raises(ValueError, match=r"levels\[1\]: expected a number or shape \(2,\), got \(3,\)"):
+        metrics.noise_response([u, u], [0.1, torch.rand(3)], distance=distance)
+    with pytest.raises(TypeError, match=r"levels\[0\]: expected a number, got str"):
+        metrics.noise_response([u, u], ["low", 0.2], distance=distance)
+
+
 # Calibration
+
+
+def maps_of(seed: int, shape=(2, 9, 10), k: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overconfident probabilities, float64, and labels."""
+    g = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn((shape[0], k, *shape[1:]), generator=g, dtype=torch.float64)
+    return (1.5 * logits).softmax(1), torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
+
+
+@pytest.mark.parametrize("num_bins", [7, 10, 15])
+@pytest.mark.parametrize("shape", [(2, 9, 10), (1, 5, 6, 7)])
+def test_ece_is_torchmetrics(num_bins, shape):
+    from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+    torch.manual_seed(0)
+    probability, target = maps_of(0, shape)
+    top = metrics.expected_calibration_error(probability, target, num_bins=num_bins)
+    each = metrics.expected_calibration_error(probability, target, num_bins=num_bins, per_class=True)
+    for n in range(shape[0]):
+        table, labels = probability[n].flatten(1).T, target[n].flatten()
+        expected = multiclass_calibration_error(table, labels, num_classes=4, n_bins=num_bins, norm="l1")
+        assert top[n].item() == pytest.approx(expected.item(), abs=1e-6)
+        for k in range(4):
+            expected = binary_calibration_error(table[:, k], (labels == k).int(), n_bins=num_bins, norm="l1")
+            assert each[n, k].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_likelihood_is_sklearns():
+    from sklearn.metrics import log_loss
+
+    torch.manual_seed(1)
+    probability, target = maps_of(1)
+    found = metrics.negative_log_likelihood(probability, target)
+    each = metrics.negative_log_likelihood(probability, target, per_class=True)
+    for n in range(2):
+        table, labels = probability[n].flatten(1).T.numpy(), target[n].flatten().numpy()
+        assert found[n].item() == pytest.approx(log_loss(labels, table, labels=range(4)), rel=1e-12)
+        for k in range(4):
+            expected = log_loss(labels[labels == k], table[labels == k], labels=range(4))
+            assert each[n, k].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_brier_score_of_classes_is_sklearns():
+    from sklearn.metrics import brier_score_loss
+
+    torch.manual_seed(2)
+    probability, target = maps_of(2)
+    each = metrics.brier_score(probability, target, per_class=True)
+    torch.testing.assert_close(each.sum(1), metrics.brier_score(probability, target), rtol=1e-12, atol=0)
+    for n, k in itertools.product(range(2), range(4)):
+        expected = brier_score_loss((target[n] == k).flatten().numpy(), probability[n, k].flatten().numpy())
+        assert each[n, k].item() == pytest.approx(expected, rel=1e-12)
+
+
+def equal_mass(confidence: np.ndarray, hit: np.ndarray, num_bins: int) -> float:
+    order = np.argsort(confidence, kind="stable")
+    parts = zip(np.array_split(confidence[order], num_bins), np.array_split(hit[order], num_bins), strict=True)
+    return float(np.mean([abs(c.mean() - h.mean()) for c, h in parts]))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 6.0])
+def test_adaptive_error_is_equal_mass(scale):
+    """Against ranges of whole voxels, where they divide the voxels; the histogram within its bound."""
+    torch.manual_seed(3)
+    probability, target = maps_of(3, (2, 20, 30))
+    probability = probability.pow(scale) / probability.pow(scale).sum(1, keepdim=True)
+    for per_class in (False, True):
+        found = metrics.adaptive_calibration_error(probability, target, per_class=per_class)
+        value, bound = metrics.adaptive_calibration_error(probability, target, per_class=per_class, method="histogram")
+        assert found.shape == value.shape == bound.shape == ((2, 4) if per_class else (2,))
+        assert ((found - value).abs() <= bound + 1e-12).all()
+        assert scale > 1 or (bound < 0.02).all()  # above, most voxels share the bin below 1
+        for n in range(2):
+            if not per_class:
+                top = probability[n].flatten(1).max(0)
+                hit = top.indices == target[n].flatten()
+                expected = [equal_mass(top.values.numpy(), hit.numpy().astype(float), 10)]
+            else:
+                expected = [
+                    equal_mass(
+                        probability[n, k].flatten().numpy(), (target[n] == k).flatten().numpy().astype(float), 10
+                    )
+                    for k in range(4)
+                ]
+            np.testing.assert_allclose(found[n].reshape(-1), expected, atol=1e-12)
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
+@settings(max_examples=40)
+def test_adaptive_error_shares_ties_and_cuts(n, num_bins, levels, seed):
+    """Every voxel split into num_bins equal parts, and the hits of a tie spread over it: whole parts, no cuts."""
+    g = np.random.default_rng(seed)
+    confidence = 0.5 + g.integers(levels, size=n) / (2 * levels)
+    target = (g.random(n) < confidence).astype(np.int64)
+    hit = target.astype(float)
+    for value in np.unique(confidence):
+        hit[confidence == value] = hit[confidence == value].mean()
+    expected = equal_mass(np.repeat(confidence, num_bins), np.repeat(hit, num_bins), num_bins)
+    p = torch.from_numpy(confidence)
+    args = torch.stack([1 - p, p])[None, :, :, None], torch.from_numpy(target).reshape(1, -1, 1)
+    found = metrics.adaptive_calibration_error(*args, num_bins=num_bins, per_class=True)[0, 1]
+    assert found.item() == pytest.approx(expected, abs=1e-12)
+    value, bound = metrics.adaptive_calibration_error(*args, num_bins=num_bins, per_class=True, method="histogram")
+    assert abs(value[0, 1] - found) <= bound[0, 1] + 1e-12
 
 
 def test_ece_per_class_is_the_official(calibration, probability, labels):
