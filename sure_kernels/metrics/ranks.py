@@ -17,7 +17,7 @@ from sure_kernels.metrics.points import as_points, as_result, match, match_boole
 from sure_kernels.metrics.state import CaseMean
 from sure_kernels.metrics.undefined import Undefined, answer, scored
 from sure_kernels.ops.ranking.closed_form import Sets, sets_of
-from sure_kernels.ops.ranking.op import violating_pairs
+from sure_kernels.ops.ranking.op import concordant_pairs
 from sure_kernels.validation import check_choice, check_compat
 
 # PriUS: pairs tied in one quantity whose other one differs by less follow the relation.
@@ -115,10 +115,9 @@ def uncertainty_ratio(
     official = check_compat(compat)
     sets, x = _sets(x, y, mask, groups)
     total = sets.sizes * (sets.sizes - 1) // 2
-    of_set = sets.spread(torch.arange(len(sets.sizes), device=total.device))
-    of_x, of_y = (_joint(of_set, _dense(values)) for values in (sets.value, sets.score))
+    of_x, of_y = _codes(sets.value, sets), _codes(sets.score, sets)
     both = _tied_pairs(_joint(of_x, of_y), sets)
-    concordant = violating_pairs(sets, get_backend(sets.value, "pairwise_ranking_loss")).number
+    concordant = concordant_pairs(sets, get_backend(sets.value, "pairwise_ranking_loss"))
     untied = total - _tied_pairs(of_x, sets) - _tied_pairs(of_y, sets) + both
     follow, among = concordant if relation == "increasing" else untied - concordant, untied
     if ties == "official" or official:
@@ -174,9 +173,12 @@ def _any(sets: Sets, condition: Tensor) -> Tensor:
     return sets.by_row(sets.sum(condition.long())) > 0
 
 
-def _dense(values: Tensor) -> Tensor:
-    """Order-preserving codes 0, 1, 2, ... of the values (P,); -0.0 is 0.0."""
-    return torch.unique(values + 0.0, return_inverse=True)[1]
+def _codes(values: Tensor, sets: Sets) -> Tensor:
+    """Codes 0, 1, 2, ... (P,) of the distinct values, set by set and ascending in each; -0.0 is 0.0."""
+    code = torch.unique(values + 0.0, return_inverse=True)[1]
+    if len(sets.sizes) == 1:
+        return code
+    return _joint(sets.spread(torch.arange(len(sets.sizes), device=values.device)), code)
 
 
 def _joint(first: Tensor, second: Tensor) -> Tensor:
@@ -187,8 +189,7 @@ def _joint(first: Tensor, second: Tensor) -> Tensor:
 
 def _centred_ranks(values: Tensor, sets: Sets, by_position: bool) -> Tensor:
     """2 (rank - mean rank) of every point in its set, (P,) int64: ranks averaged over ties, or ties by position."""
-    of_set = sets.spread(torch.arange(len(sets.sizes), device=values.device))
-    code = _joint(of_set, _dense(values))
+    code = _codes(values, sets)
     start, size = sets.spread(sets.starts), sets.spread(sets.sizes)
     if by_position:
         order = code.argsort(stable=True)

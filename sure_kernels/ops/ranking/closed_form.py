@@ -18,6 +18,7 @@ Sums are float64, of scores and values about the first point of their set: they 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,18 +141,28 @@ class Pairs(NamedTuple):
     number: Tensor
 
 
-def dominated(sets: Sets) -> tuple[Tensor, Tensor]:
-    """D (P,) float64 and C (P,) int64 of every point."""
-    order, by_rank = order_and_rank(sets)
-    slots = torch.arange(len(order), device=order.device)
+class Level(NamedTuple):
+    """One bit of the rank, from the highest: how points move, and what they meet. All (P,), slot by slot.
+
+    source: the slot that a point comes from. is_one: whether it is among the ones of its node. number: the zeros before
+    a one, or the ones after a zero, in the node. middle, outer: where the zeros of its node end, and where the node
+    starts for a one and ends for a zero.
+    """
+
+    source: Tensor
+    is_one: Tensor
+    number: Tensor
+    middle: Tensor
+    outer: Tensor
+
+
+def levels(sets: Sets, by_rank: Tensor) -> Iterator[Level]:
+    """The split of every node into its zeros and its ones, down to single points; see the module's docstring."""
+    slots = torch.arange(len(by_rank), device=by_rank.device)
     starts = sets.spread(sets.starts)
     ends = starts + sets.spread(sets.sizes)
     local = slots - starts
     rank = torch.empty_like(local).scatter_(0, by_rank, local)
-    score = sets.about_first(sets.score)[order]
-    difference, count = torch.zeros_like(score), torch.zeros_like(rank)
-    running = score.new_zeros(len(order) + 1)
-    torch.cumsum(score, 0, out=running[1:])
     largest = int(sets.sizes.max()) if len(sets.sizes) else 0
     for bit in reversed(range(max(largest - 1, 0).bit_length())):
         # Which slots the points of a node come from: its zeros first, then its ones, each in order of position.
@@ -159,20 +170,31 @@ def dominated(sets: Sets) -> tuple[Tensor, Tensor]:
         source = torch.empty_like(slots)
         source.masked_scatter_(is_one, was_one.nonzero()[:, 0])
         source.masked_scatter_(~is_one, (~was_one).nonzero()[:, 0])
-        rank, score, difference, count = rank[source], score[source], difference[source], count[source]
-        before = running[source]
-        running = torch.zeros_like(running)
-        torch.cumsum(score, 0, out=running[1:])
+        rank = rank[source]
         # A one needs the zeros before it in the node, a zero the ones after it: with what stands before it in the old
         # and in the new arrangement, and with where the zeros of the node end, both follow by subtraction.
         start = slots - (local & ((2 << bit) - 1))
         middle = torch.minimum(start + (1 << bit), ends)
         outer = torch.where(is_one, start, torch.minimum(start + (2 << bit), ends))
-        sign = is_one.to(torch.int64).mul_(2).sub_(1)
-        number = (source - slots + middle - outer).mul_(sign)
-        total = (before - running[:-1] + running[middle] - running[outer]).mul_(sign)
+        ahead = source - slots + middle - outer
+        yield Level(source, is_one, torch.where(is_one, ahead, -ahead), middle, outer)
+
+
+def dominated(sets: Sets) -> tuple[Tensor, Tensor]:
+    """D (P,) float64 and C (P,) int64 of every point."""
+    order, by_rank = order_and_rank(sets)
+    score = sets.about_first(sets.score)[order]
+    difference, count = torch.zeros_like(score), torch.zeros_like(order)
+    running = score.new_zeros(len(order) + 1)
+    torch.cumsum(score, 0, out=running[1:])
+    for source, is_one, number, middle, outer in levels(sets, by_rank):
+        score, difference, count = score[source], difference[source], count[source]
+        before = running[source]
+        running = torch.zeros_like(running)
+        torch.cumsum(score, 0, out=running[1:])
+        total = before - running[:-1] + running[middle] - running[outer]
         count += number
-        difference += score * number - total
+        difference += score * number - torch.where(is_one, total, -total)
     # What rounding left at a point that violates nothing; multiplied, so that NaN stays NaN.
     difference *= count > 0
     # The arrangement is by rank now: from there to positions, and to points.
@@ -181,6 +203,15 @@ def dominated(sets: Sets) -> tuple[Tensor, Tensor]:
         torch.empty_like(difference).scatter_(0, place, difference),
         torch.empty_like(count).scatter_(0, place, count),
     )
+
+
+def concordant_pairs(sets: Sets) -> Tensor:
+    """(sets,) int64: M of `violating_pairs`, without its sums."""
+    _, by_rank = order_and_rank(sets)
+    number = torch.zeros_like(by_rank)
+    for level in levels(sets, by_rank):
+        number += level.number.where(level.is_one, 0)  # points never leave their set
+    return sets.sum(number)
 
 
 def violating_pairs(sets: Sets) -> Pairs:

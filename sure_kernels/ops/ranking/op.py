@@ -25,15 +25,6 @@ class Method(NamedTuple):
     official: bool
 
 
-def violating_pairs(sets: closed_form.Sets, backend: str) -> closed_form.Pairs:
-    """Sums over the violating pairs of each set, by the kernels where `backend` is triton."""
-    if backend == "triton":
-        from sure_kernels.ops.ranking import kernel
-
-        return kernel.violating_pairs(sets)
-    return closed_form.violating_pairs(sets)
-
-
 @torch.library.custom_op("sure_kernels::pairwise_ranking", mutates_args=())
 def pairwise_ranking(
     values: Tensor,
@@ -51,7 +42,12 @@ def pairwise_ranking(
     if method == "covariance":
         loss, slope = closed_form.covariance(sets)
     else:
-        pairs = violating_pairs(sets, backend)
+        if backend == "triton":
+            from sure_kernels.ops.ranking import kernel
+
+            pairs = kernel.violating_pairs(sets)
+        else:
+            pairs = closed_form.violating_pairs(sets)
         times = closed_form.official_times(sets, num_pairs, groups is not None) if official else None
         loss, slope = closed_form.exact(sets, pairs, times)
     return loss, closed_form.on_rows(sets, slope, values.shape, working_dtype(values.dtype))
@@ -77,6 +73,15 @@ def _sampled(
         groups = groups.flatten() if sets.index is None else groups.flatten()[sets.index]
     loss, slope = closed_form.sampled(sets, groups, drawn, generator, method.official)
     return loss, closed_form.on_rows(sets, slope, values.shape, working_dtype(values.dtype))
+
+
+def concordant_pairs(sets: closed_form.Sets, backend: str) -> Tensor:
+    """(sets,) int64: pairs with (x_i - x_j)(y_i - y_j) > 0, the ones that a decreasing relation is violated by."""
+    if backend == "triton":
+        from sure_kernels.ops.ranking import kernel
+
+        return kernel.violating_pairs(sets).number
+    return closed_form.concordant_pairs(sets)
 
 
 class PairwiseRankingFunction(torch.autograd.Function):
