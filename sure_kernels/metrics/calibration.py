@@ -122,21 +122,19 @@ def adaptive_calibration_error(
         sums = segmentation_histograms(probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index)
         return answer(ace_of(columns(sums, per_class), num_bins), return_reason)
     check_num_bins(num_bins)
-    values, voxels = [], []
+    values, voxels, undefined = [], [], []
     for p, label, counted in zip(*counted_voxels_of(probability, target, mask, ignore_index), strict=True):
         p, label = p[:, counted], label[counted]
-        if per_class:
-            questions = [(q, label == k) for k, q in enumerate(p)]
-        else:
-            top = p.max(0) if label.numel() else p[:, :0].sum(0)
-            questions = [(top.values, top.indices == label)] if label.numel() else [(top, top.bool())]
+        top = p.max(0)
+        questions = [(q, label == k) for k, q in enumerate(p)] if per_class else [(top.values, top.indices == label)]
         values.append(torch.stack([_sorted_ace(confidence, hit, num_bins) for confidence, hit in questions]))
-        voxels.append(torch.full_like(values[-1], label.numel()))
-    value, number = torch.stack(values), torch.stack(voxels)
-    if not per_class:
-        value, number = value[:, 0], number[:, 0]
-    result = scored(value, (Undefined.NO_VOXEL, number == 0), (Undefined.NAN_INPUT, value.isnan()))
-    return answer(result, return_reason)
+        voxels.append(label.numel())
+        undefined.append(p.isnan().any())
+    value = torch.stack(values)
+    none = torch.tensor(voxels, device=value.device)[:, None].expand_as(value) == 0
+    broken = torch.stack(undefined)[:, None].expand_as(value)
+    result = scored(value, (Undefined.NAN_INPUT, broken), (Undefined.NO_VOXEL, none))
+    return answer(result if per_class else (t[:, 0] for t in result), return_reason)
 
 
 def brier_score(
@@ -282,8 +280,8 @@ def ace_of(sums: SegmentationHistograms, num_bins: int) -> tuple[Bounded, Tensor
 
 
 def _sorted_ace(confidence: Tensor, hit: Tensor, num_bins: int) -> Tensor:
-    """ACE of one list (n,) of confidences; NaN where it is empty or holds a NaN."""
-    if not confidence.numel() or bool(confidence.isnan().any()):
+    """ACE of one list (n,) of confidences; NaN where it is empty."""
+    if not confidence.numel():
         return torch.full((), torch.nan, dtype=torch.float64, device=confidence.device)
     ordered, order = confidence.double().clamp(0, 1).sort()
     values, place, mass = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
