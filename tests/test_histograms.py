@@ -87,10 +87,10 @@ def compare(found, expected):
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     st.sampled_from(["none", "ignored", "masked", "both", "everything"]),
     st.sampled_from([1, 7, 10]),
-    st.booleans(),
+    st.tuples(*(st.booleans(),) * 4),
     st.integers(0, 10_000),
 )
-def test_sweep_is_its_definition(shape, k, dtype, left_out, num_bins, confidence, seed):
+def test_sweep_is_its_definition(shape, k, dtype, left_out, num_bins, parts, seed):
     probability, target, uncertainty = segmentation(shape, k, seed, dtype)
     mask = None
     if left_out in ("ignored", "both"):
@@ -99,9 +99,12 @@ def test_sweep_is_its_definition(shape, k, dtype, left_out, num_bins, confidence
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.7
     if left_out == "everything":
         mask = torch.zeros(shape, dtype=torch.bool)
-    args = (probability, target, uncertainty if seed % 3 else None)
-    options = {"num_bins": num_bins, "mask": mask, "confidence": confidence}
-    compare(metrics.segmentation_histograms(*args, **options), sk.reference.segmentation_histograms(*args, **options))
+    maps = uncertainty[:, 0] if seed % 3 else None
+    before = [t.clone() for t in (probability, target, uncertainty)]
+    args = (probability, target, mask, maps, -100, num_bins, *parts)
+    found, expected = (op.segmentation_histograms(*args, backend) for backend in ("eager", "reference"))
+    compare(*(metrics.SegmentationHistograms(*sums) for sums in (found, expected)))
+    assert all(torch.equal(a, b) for a, b in zip(before, (probability, target, uncertainty), strict=True))
 
 
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "expanded"])
@@ -160,7 +163,7 @@ def test_custom_ops_are_well_formed():
     probability, target, uncertainty = segmentation((2, 4, 5), 3, 3)
     checks = ("test_schema", "test_faketensor")
     for maps, mask in ((uncertainty[:, 0], None), (None, target > 0)):
-        arguments = (probability, target, mask, maps, -100, 10, maps is None, "eager")
+        arguments = (probability, target, mask, maps, -100, 10, True, maps is None, maps is None, True, "eager")
         torch.library.opcheck(op.segmentation_histograms, arguments, test_utils=checks)
     flag = torch.rand(2, 3, 20) < 0.5
     torch.library.opcheck(op.binary_histogram, (uncertainty.flatten(1), flag, None, "eager"), test_utils=checks)

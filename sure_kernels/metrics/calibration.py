@@ -13,14 +13,16 @@ from torch import Tensor
 
 from sure_kernels.metrics.detection import Bounded
 from sure_kernels.metrics.histograms import (
+    ONLY_LOSS,
+    Columns,
     PooledHistograms,
-    SegmentationHistograms,
-    check_num_bins,
+    Segmentation,
+    binned,
     columns,
-    counted_voxels_of,
-    segmentation_histograms,
+    histograms_of,
 )
 from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
+from sure_kernels.ops.histograms.closed_form import Refined, magnitude_bin, refine
 from sure_kernels.ops.histograms.reference import magnitude_edges
 from sure_kernels.validation import check_choice
 
@@ -64,9 +66,8 @@ def reliability_curve(
     Raises:
         TypeError: dtypes. ValueError: shapes, labels or probabilities out of range, a mask that is not 0/1.
     """
-    sums = segmentation_histograms(
-        probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index, confidence=False
-    )
+    segmentation = Segmentation.checked(probability, target, mask, ignore_index)
+    sums = histograms_of(segmentation, binned(per_class), num_bins)
     return answer(curve_of(columns(sums, per_class)), return_reason)
 
 
@@ -87,9 +88,8 @@ def expected_calibration_error(
     Returns:
         float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN.
     """
-    sums = segmentation_histograms(
-        probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index, confidence=False
-    )
+    segmentation = Segmentation.checked(probability, target, mask, ignore_index)
+    sums = histograms_of(segmentation, binned(per_class), num_bins)
     return answer(ece_of(columns(sums, per_class)), return_reason)
 
 
@@ -118,23 +118,11 @@ def adaptive_calibration_error(
         float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN. Of
         "histogram", Bounded(value, bound) of two such tensors.
     """
-    if check_choice(method, "method", ("exact", "histogram")) == "histogram":
-        sums = segmentation_histograms(probability, target, num_bins=num_bins, mask=mask, ignore_index=ignore_index)
-        return answer(ace_of(columns(sums, per_class), num_bins), return_reason)
-    check_num_bins(num_bins)
-    values, voxels, undefined = [], [], []
-    for p, label, counted in zip(*counted_voxels_of(probability, target, mask, ignore_index), strict=True):
-        p, label = p[:, counted], label[counted]
-        top = p.max(0)
-        questions = [(q, label == k) for k, q in enumerate(p)] if per_class else [(top.values, top.indices == label)]
-        values.append(torch.stack([_sorted_ace(confidence, hit, num_bins) for confidence, hit in questions]))
-        voxels.append(label.numel())
-        undefined.append(p.isnan().any())
-    value = torch.stack(values)
-    none = torch.tensor(voxels, device=value.device)[:, None].expand_as(value) == 0
-    broken = torch.stack(undefined)[:, None].expand_as(value)
-    result = scored(value, (Undefined.NAN_INPUT, broken), (Undefined.NO_VOXEL, none))
-    return answer(result if per_class else (t[:, 0] for t in result), return_reason)
+    exact = check_choice(method, "method", ("exact", "histogram")) == "exact"
+    segmentation = Segmentation.checked(probability, target, mask, ignore_index)
+    sums = columns(histograms_of(segmentation, binned(per_class, magnitudes=True), num_bins), per_class)
+    result = _refined_ace(segmentation, sums, num_bins, per_class) if exact else ace_of(sums, num_bins)
+    return answer(result, return_reason)
 
 
 def brier_score(
@@ -153,9 +141,7 @@ def brier_score(
     Returns:
         float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN.
     """
-    sums = segmentation_histograms(
-        probability, target, num_bins=1, mask=mask, ignore_index=ignore_index, confidence=False
-    )
+    sums = histograms_of(Segmentation.checked(probability, target, mask, ignore_index), ONLY_LOSS)
     return answer(brier_of(columns(sums, per_class)), return_reason)
 
 
@@ -176,9 +162,7 @@ def negative_log_likelihood(
         float64 (N,), or (N, K) where per_class; NaN where no voxel (of the class) counts or a counted probability is
         NaN.
     """
-    sums = segmentation_histograms(
-        probability, target, num_bins=1, mask=mask, ignore_index=ignore_index, confidence=False
-    )
+    sums = histograms_of(Segmentation.checked(probability, target, mask, ignore_index), ONLY_LOSS)
     return answer(nll_of(columns(sums, per_class), per_class), return_reason)
 
 
@@ -190,7 +174,7 @@ class ReliabilityCurve(PooledHistograms):
 
     needs = ("reliability",)
 
-    def _scored(self, sums: SegmentationHistograms) -> tuple[Reliability, Tensor]:
+    def _scored(self, sums: Columns) -> tuple[Reliability, Tensor]:
         return curve_of(sums)
 
 
@@ -199,7 +183,7 @@ class ExpectedCalibrationError(PooledHistograms):
 
     needs = ("reliability",)
 
-    def _scored(self, sums: SegmentationHistograms) -> Scored:
+    def _scored(self, sums: Columns) -> Scored:
         return ece_of(sums)
 
 
@@ -208,85 +192,108 @@ class AdaptiveCalibrationError(PooledHistograms):
 
     needs = ("confidence",)
 
-    def _scored(self, sums: SegmentationHistograms) -> tuple[Bounded, Tensor]:
+    def _scored(self, sums: Columns) -> tuple[Bounded, Tensor]:
         return ace_of(sums, self._num_bins)
 
 
 class BrierScore(PooledHistograms):
     """`brier_score` over all voxels seen: `compute` is 0-d, or (K,) with `num_classes`."""
 
-    needs = ("reliability", "loss")
+    needs = ("loss",)
 
     def __init__(self, *, num_classes: int | None = None) -> None:
         super().__init__(num_bins=1, num_classes=num_classes)
 
-    def _scored(self, sums: SegmentationHistograms) -> Scored:
+    def _scored(self, sums: Columns) -> Scored:
         return brier_of(sums)
 
 
 class NegativeLogLikelihood(BrierScore):
     """`negative_log_likelihood` over all voxels seen: `compute` is 0-d, or (K,) with `num_classes`."""
 
-    def _scored(self, sums: SegmentationHistograms) -> Scored:
+    def _scored(self, sums: Columns) -> Scored:
         return nll_of(sums, self._num_classes is not None)
 
 
 # From the sums of `columns`, of any leading shape, to metrics
 
 
-def _voxels(sums: SegmentationHistograms) -> Tensor:
-    return sums.reliability[..., 2, :].sum(-1)
-
-
 def _mean(total: Tensor, voxels: Tensor, undefined: Tensor, none: Undefined = Undefined.NO_VOXEL) -> Scored:
     return scored(total / voxels, (Undefined.NAN_INPUT, undefined > 0), (none, voxels == 0))
 
 
-def curve_of(sums: SegmentationHistograms) -> tuple[Reliability, Tensor]:
+def curve_of(sums: Columns) -> tuple[Reliability, Tensor]:
     confidence, hits, voxels = sums.reliability.unbind(-2)
     undefined = sums.undefined[..., :1].expand_as(voxels)
     mean, reason = _mean(confidence, voxels, undefined)
     return Reliability(mean, _mean(hits, voxels, undefined).value, voxels), reason
 
 
-def ece_of(sums: SegmentationHistograms) -> Scored:
+def ece_of(sums: Columns) -> Scored:
     """sum_b n_b/n |mean confidence - accuracy| = sum_b |difference of the sums| / n."""
-    confidence, hits, _ = sums.reliability.unbind(-2)
-    return _mean((confidence - hits).abs().sum(-1), _voxels(sums), sums.undefined[..., 0])
+    confidence, hits, voxels = sums.reliability.unbind(-2)
+    return _mean((confidence - hits).abs().sum(-1), voxels.sum(-1), sums.undefined[..., 0])
 
 
-def brier_of(sums: SegmentationHistograms) -> Scored:
-    return _mean(sums.loss[..., 0], _voxels(sums), sums.undefined[..., 0])
+def brier_of(sums: Columns) -> Scored:
+    squares, _, _, voxels = sums.loss.unbind(-1)
+    return _mean(squares, voxels, sums.undefined[..., 0])
 
 
-def nll_of(sums: SegmentationHistograms, per_class: bool) -> Scored:
-    if not per_class:
-        return _mean(sums.loss[..., 1], _voxels(sums), sums.undefined[..., 0])
-    voxels = sums.reliability[..., 1, :].sum(-1)  # where the class is true
-    return _mean(sums.loss[..., 1], voxels, sums.undefined[..., 0], Undefined.CLASS_ABSENT)
+def nll_of(sums: Columns, per_class: bool) -> Scored:
+    _, log_loss, voxels, _ = sums.loss.unbind(-1)
+    none = Undefined.CLASS_ABSENT if per_class else Undefined.NO_VOXEL
+    return _mean(log_loss, voxels, sums.undefined[..., 0], none)
 
 
-def ace_of(sums: SegmentationHistograms, num_bins: int) -> tuple[Bounded, Tensor]:
+def ace_of(sums: Columns, num_bins: int) -> tuple[Bounded, Tensor]:
     edges = magnitude_edges().to(sums.confidence.device)
     middle, half_width = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
     misses, hits = sums.confidence.double().unbind(-2)
     mass = misses + hits
     cuts = _Cuts(mass, num_bins)
-    voxels = mass.sum(-1)
     spread = (mass * half_width).sum(-1) + cuts.uncertain_hits(hits)
-    undefined = sums.undefined[..., 0]
+    voxels, undefined = mass.sum(-1), sums.undefined[..., 0]
     value, reason = _mean(cuts.gaps(middle.expand_as(mass), hits), voxels, undefined)
     return Bounded(value, _mean(spread, voxels, undefined).value), reason
 
 
-def _sorted_ace(confidence: Tensor, hit: Tensor, num_bins: int) -> Tensor:
-    """ACE of one list (n,) of confidences; NaN where it is empty."""
-    if not confidence.numel():
-        return torch.full((), torch.nan, dtype=torch.float64, device=confidence.device)
-    ordered, order = confidence.double().clamp(0, 1).sort()
-    values, place, mass = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    hits = torch.zeros_like(values).index_add_(0, place, hit[order].double())
-    return _Cuts(mass.double(), num_bins).gaps(values, hits) / confidence.numel()
+def _refined_ace(segmentation: Segmentation, sums: Columns, num_bins: int, per_class: bool) -> Scored:
+    """The exact error: bins that a cut goes through are replaced by the distinct confidences in them.
+
+    A second pass finds those, and the mean confidence of every other bin; nothing but what lies in the bins of the
+    num_bins - 1 cuts is sorted.
+    """
+    misses, hits = (t if per_class else t[:, None] for t in sums.confidence.double().unbind(-2))
+    mass = misses + hits
+    wanted = _Cuts(mass, num_bins).through()
+    gaps = [
+        torch.stack([_gaps(*t, num_bins) for t in zip(mass[n], hits[n], wanted[n], looks, strict=True)])
+        for n, looks in enumerate(refine(*segmentation, wanted, not per_class))
+    ]
+    value, voxels = torch.stack(gaps), mass.sum(-1)
+    if not per_class:
+        value, voxels = value[:, 0], voxels[:, 0]
+    return _mean(value, voxels, sums.undefined[..., 0])
+
+
+def _gaps(mass: Tensor, hits: Tensor, wanted: Tensor, look: Refined, num_bins: int) -> Tensor:
+    """Sum of the gaps of one question, from its bins (2 HALF,) and what was found in those that are wanted."""
+    whole = (mass > 0) & ~wanted
+    ordered, order = look.confidence.sort()
+    values, place, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    shared = torch.zeros(len(values), dtype=torch.float64, device=mass.device)
+    shared.index_add_(0, place, look.hit[order].double())
+    # Distinct values already ascend within their bin.
+    ascending = torch.cat([whole.nonzero()[:, 0], magnitude_bin(values).long()]).sort(stable=True).indices
+    if not len(ascending):
+        return mass.sum()
+
+    def merged(of_bins: Tensor, of_values: Tensor) -> Tensor:
+        return torch.cat([of_bins[whole], of_values.double()])[ascending]
+
+    confidence = merged(look.sums / mass.clamp_min(1), values)
+    return _Cuts(merged(mass, counts), num_bins).gaps(confidence, merged(hits, shared))
 
 
 class _Cuts:
@@ -298,6 +305,11 @@ class _Cuts:
         self.cut = self.end[..., -1:] * steps / num_bins  # (..., num_bins + 1)
         self.bin = torch.searchsorted(self.end, self.cut).clamp_max(mass.shape[-1] - 1)
         self.taken = self.cut - (self.end - mass).gather(-1, self.bin)  # of the bin of the cut, below it
+
+    def through(self) -> Tensor:
+        """(..., B): whether a cut goes through the inside of the bin."""
+        inside = (self.taken > 0) & (self.taken < self.mass.gather(-1, self.bin))
+        return torch.zeros_like(self.mass).scatter_add_(-1, self.bin, inside.double()) > 0
 
     def gaps(self, confidence: Tensor, hits: Tensor) -> Tensor:
         """Sum over ranges of |sum of confidence - hits|, a bin giving its hits and its mean confidence evenly."""

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from sure_kernels.backends import get_backend
-from sure_kernels.kernel_lib.labels import counted_voxels
 from sure_kernels.metrics.state import SumState
 from sure_kernels.ops.histograms import op
-from sure_kernels.ops.histograms.reference import BINS, HALF
+from sure_kernels.ops.histograms.reference import HALF, Parts
 from sure_kernels.validation import (
     FLOAT_DTYPES,
     check_float_map,
@@ -36,11 +35,11 @@ class SegmentationHistograms(NamedTuple):
     reliability: Tensor
     """float64 (N, K + 1, 3, num_bins): sums of confidence, of hits and of voxels."""
     confidence: Tensor
-    """int64 (N, K + 1, 2, magnitude bins): confidence of misses and of hits; no bins unless asked for."""
+    """int64 (N, K + 1, 2, magnitude bins): confidence of misses and of hits."""
     errors: Tensor
     """int64 (N, K + 1, 2, fine bins): uncertainty where right and where wrong; no bins without uncertainty."""
     loss: Tensor
-    """float64 (N, 2, K): sums of (p_k - y_k)^2, and of -ln p_k over the voxels of class k."""
+    """float64 (N, 3, K): sums of (p_k - y_k)^2, of -ln p_k over the voxels of class k, and how many these are."""
     undefined: Tensor
     """int64 (N, 2): voxels with a NaN probability and, of the others, with a NaN uncertainty."""
 
@@ -53,7 +52,6 @@ def segmentation_histograms(
     num_bins: int = 10,
     mask: Tensor | None = None,
     ignore_index: int = -100,
-    confidence: bool = True,
 ) -> SegmentationHistograms:
     """All sums that calibration and error detection need, in one pass and memory that does not grow with the volume.
 
@@ -67,13 +65,38 @@ def segmentation_histograms(
         num_bins: reliability bins.
         mask: boolean (N, *spatial) or (N, 1, *spatial) (0/1 numbers accepted), True = counts.
         ignore_index: label of voxels that don't count.
-        confidence: whether the histograms of the confidence are wanted (adaptive calibration error).
 
     Raises:
         TypeError: dtypes. ValueError: shapes, labels or probabilities out of range, a mask that is not 0/1.
     """
+    return histograms_of(Segmentation.checked(probability, target, mask, ignore_index), Parts(), num_bins, uncertainty)
+
+
+class Segmentation(NamedTuple):
+    """Checked arguments."""
+
+    probability: Tensor  # (N, K, *spatial)
+    labels: Tensor  # (N, *spatial)
+    mask: Tensor | None  # (N, *spatial)
+    ignore_index: int
+
+    @classmethod
+    def checked(cls, probability: object, target: object, mask: object, ignore_index: object) -> Segmentation:
+        p = check_float_map(probability, "probability", minimum_channels=2).detach()
+        if values_checked(p):
+            _check_range(p)
+        n, _, *spatial = p.shape
+        counted = check_mask(mask, n, spatial, p)
+        index = check_int(ignore_index, "ignore_index")
+        return cls(p, check_target(target, p, index, counted, owner="probability"), counted, index)
+
+
+def histograms_of(
+    segmentation: Segmentation, parts: Parts, num_bins: int = 1, uncertainty: object = None
+) -> SegmentationHistograms:
+    """The sums that are wanted; the others are 0 or have no bins."""
     check_num_bins(num_bins)
-    p, labels, counted, ignore_index = _check(probability, target, mask, ignore_index)
+    p, labels, mask, ignore_index = segmentation
     u = None
     if uncertainty is not None:
         u = check_voxel_map(uncertainty, "uncertainty", len(p), p.shape[2:], p, owner="probability").detach()
@@ -81,31 +104,8 @@ def segmentation_histograms(
             raise TypeError(f"uncertainty: expected float32, bfloat16, float16 or float64, got {u.dtype}")
     backend = get_backend(p if u is None or u.dtype != torch.float64 else u, "segmentation_histograms")
     return SegmentationHistograms(
-        *op.segmentation_histograms(p, labels, counted, u, ignore_index, num_bins, bool(confidence), backend)
+        *op.segmentation_histograms(p, labels, mask, u, ignore_index, num_bins, *parts, backend)
     )
-
-
-def counted_voxels_of(
-    probability: object, target: object, mask: object, ignore_index: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked probability (N, K, V), label (N, V), and which voxels count (N, V)."""
-    p, labels, counted, index = _check(probability, target, mask, ignore_index)
-    counts = counted_voxels(labels, index)
-    if counted is not None:
-        counts = counts & counted
-    return p.flatten(2), labels.flatten(1), counts.flatten(1)
-
-
-def _check(
-    probability: object, target: object, mask: object, ignore_index: object
-) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    p = check_float_map(probability, "probability", minimum_channels=2).detach()
-    if values_checked(p):
-        _check_range(p)
-    n, _, *spatial = p.shape
-    counted = check_mask(mask, n, spatial, p)
-    index = check_int(ignore_index, "ignore_index")
-    return p, check_target(target, p, index, counted, owner="probability"), counted, index
 
 
 def check_num_bins(num_bins: object) -> int:
@@ -125,34 +125,36 @@ def _check_range(p: Tensor) -> None:
         raise ValueError(f"probability: expected values in [0, 1], got {low:.3g} to {high:.3g}")
 
 
-def columns(sums: SegmentationHistograms, per_class: bool) -> SegmentationHistograms:
-    """The sums of each class (..., K) or of the top label (...), with `loss` and `undefined` in that shape too.
+class Columns(NamedTuple):
+    """The sums of each class (..., K), or of the top label (...)."""
 
-    `loss` then is (..., 2), of each class or of all.
-    """
+    reliability: Tensor  # (..., 3, num_bins)
+    confidence: Tensor  # (..., 2, magnitude bins)
+    errors: Tensor  # (..., 2, fine bins)
+    loss: Tensor  # (..., 4): squares, log loss, voxels of the class (for the top label all), all voxels
+    undefined: Tensor  # (..., 2)
+
+
+def columns(sums: SegmentationHistograms, per_class: bool) -> Columns:
     chosen = slice(-1) if per_class else -1
     reliability, confidence, errors = (t[..., chosen, :, :] for t in sums[:3])
-    loss, undefined = sums.loss.sum(-1), sums.undefined
-    if per_class:
-        loss = sums.loss.transpose(-1, -2)
-        undefined = undefined[..., None, :].expand_as(loss)
-    return SegmentationHistograms(reliability, confidence, errors, loss, undefined)
+    total = sums.loss.sum(-1)
+    if not per_class:
+        return Columns(reliability, confidence, errors, torch.cat([total, total[..., 2:]], -1), sums.undefined)
+    of_class = sums.loss.mT
+    voxels = total[..., None, 2:].expand(*of_class.shape[:-1], 1)
+    undefined = sums.undefined[..., None, :].expand(*of_class.shape[:-1], 2)
+    return Columns(reliability, confidence, errors, torch.cat([of_class, voxels], -1), undefined)
 
 
 class PooledHistograms(SumState):
-    """Some of the sums of a SegmentationHistograms, over all voxels seen: of the top label or of each class."""
+    """Some of the sums of a segmentation, over all voxels seen: of the top label or of each class."""
 
     needs: tuple[str, ...]
 
     def __init__(self, *, num_bins: int = 10, num_classes: int | None = None) -> None:
         self._num_bins, self._num_classes = check_num_bins(num_bins), num_classes
-        sizes = {
-            "reliability": (3, self._num_bins),
-            "confidence": (2, 2 * HALF),
-            "errors": (2, BINS),
-            "loss": (2,),
-            "undefined": (2,),
-        }
+        sizes = {"reliability": (3, self._num_bins), "confidence": (2, 2 * HALF), "loss": (4,), "undefined": (2,)}
         leading = () if num_classes is None else (check_int(num_classes, "num_classes"),)
         super().__init__(**{name: (*leading, *sizes[name]) for name in (*self.needs, "undefined")})
 
@@ -160,27 +162,28 @@ class PooledHistograms(SumState):
         self, probability: Tensor, target: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100
     ) -> None:
         """Add a batch; arguments and errors of the function of the same name."""
-        sums = segmentation_histograms(
-            probability,
-            target,
-            num_bins=self._num_bins,
-            mask=mask,
-            ignore_index=ignore_index,
-            confidence="confidence" in self.needs,
-        )
-        self._pool(sums)
-
-    def _pool(self, sums: SegmentationHistograms) -> None:
-        k = sums.loss.shape[-1]
+        segmentation = Segmentation.checked(probability, target, mask, ignore_index)
+        k, per_class = segmentation.probability.shape[1], self._num_classes is not None
         if self._num_classes not in (None, k):
             raise ValueError(f"probability: expected {self._num_classes} classes, got {k}")
-        chosen = columns(sums, self._num_classes is not None)._asdict()
+        parts = binned(per_class, magnitudes="confidence" in self.needs)
+        if "loss" in self.needs:
+            parts = ONLY_LOSS
+        chosen = columns(histograms_of(segmentation, parts, self._num_bins), per_class)._asdict()
         self._add(**{name: chosen[name].sum(0) for name in self.sums})
 
     def _result(self, **sums: Tensor) -> Any:
-        empty = dict.fromkeys(SegmentationHistograms._fields, sums["undefined"].new_zeros(0))
-        return self._scored(SegmentationHistograms(**(empty | sums)))
+        empty = dict.fromkeys(Columns._fields, sums["undefined"].new_zeros(0))
+        return self._scored(Columns(**(empty | sums)))
 
-    def _scored(self, sums: SegmentationHistograms) -> Any:
-        """Result and reason from the sums of the chosen columns."""
+    def _scored(self, sums: Columns) -> Any:
+        """Result and reason from the sums."""
         raise NotImplementedError
+
+
+ONLY_LOSS = Parts(classes=False, top=False, magnitudes=False)
+
+
+def binned(per_class: bool, *, magnitudes: bool = False) -> Parts:
+    """Bins of the classes or of the top label, and nothing else."""
+    return Parts(classes=per_class, top=not per_class, magnitudes=magnitudes, loss=False)

@@ -16,7 +16,13 @@ from sure_kernels.metrics.calibration import (
     nll_of,
 )
 from sure_kernels.metrics.detection import Bounded, auprc, aurc, auroc, from_histograms
-from sure_kernels.metrics.histograms import SegmentationHistograms, check_num_bins, columns, segmentation_histograms
+from sure_kernels.metrics.histograms import (
+    Columns,
+    SegmentationHistograms,
+    check_num_bins,
+    columns,
+    segmentation_histograms,
+)
 from sure_kernels.metrics.overlap import ueo_of
 from sure_kernels.metrics.state import SumState
 from sure_kernels.metrics.undefined import Undefined, answer, scored
@@ -99,7 +105,7 @@ class CalibrationErrorDetection(SumState):
             reliability=(k + 1, 3, self._num_bins),
             confidence=(k + 1, 2, 2 * HALF),
             errors=(k + 1, 2, BINS),
-            loss=(2, k),
+            loss=(3, k),
             undefined=(2,),
         )
 
@@ -151,7 +157,7 @@ def scores_of(sums: SegmentationHistograms, num_bins: int) -> tuple[Segmentation
     return SegmentationScores(voxels=voxels, **values), SegmentationScores(**reasons)
 
 
-def _error_rate(part: SegmentationHistograms) -> Any:
+def _error_rate(part: Columns) -> Any:
     wrong, voxels = part.errors[..., 1, :].sum(-1).double(), part.errors.sum((-1, -2))
     undefined = part.undefined.sum(-1)
     return scored(wrong / voxels, (Undefined.NAN_INPUT, undefined > 0), (Undefined.NO_VOXEL, voxels == 0))

@@ -65,7 +65,18 @@ class TestSums:
     @pytest.mark.parametrize("num_bins", [1, 16, 40])
     def test_reliability_bins(self, num_bins, device):
         """On both sides of what a lane holds."""
-        compare(segmentation((1, 9, 10), 3, device), num_bins=num_bins, confidence=False)
+        compare(segmentation((1, 9, 10), 3, device), num_bins=num_bins)
+
+    @pytest.mark.parametrize("wanted", range(4))
+    def test_parts(self, wanted, device):
+        """One part alone, the magnitudes with classes or top label."""
+        p, target, _ = segmentation((1, 5, 6), 3, device)
+        parts = reference.Parts(*(i == wanted for i in range(4)))
+        for chosen in (parts, parts._replace(magnitudes=True)):
+            args = (p, target, None, None, -100, 10, *chosen)
+            found, expected = (op.segmentation_histograms(*args, backend) for backend in ("triton", "reference"))
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=FLOAT32_VALUE, atol=FLOAT32_VALUE)
 
     def test_nothing_counts(self, device):
         p, target, u = segmentation((1, 4, 5), 3, device)
@@ -133,7 +144,9 @@ def test_custom_ops_are_well_formed(device):
     p, target, u = segmentation((2, 4, 5), 3, device)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        op.segmentation_histograms, (p, target, None, u[:, 0], -100, 10, True, "triton"), test_utils=checks
+        op.segmentation_histograms,
+        (p, target, None, u[:, 0], -100, 10, *reference.Parts(), "triton"),
+        test_utils=checks,
     )
     flag = torch.zeros(2, 3, 20, dtype=torch.bool, device=device)
     torch.library.opcheck(op.binary_histogram, (u.flatten(1), flag, None, "triton"), test_utils=checks)

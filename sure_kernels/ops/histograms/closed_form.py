@@ -14,7 +14,9 @@ want the cores it costs a hundred times the step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from sure_kernels.ops.histograms.reference import (
     RELIABILITY_RANGE,
     STEPS,
     THRESHOLDS,
+    Parts,
 )
 
 # (integer of the same width, stored mantissa bits, exponent bias)
@@ -108,35 +111,52 @@ def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tup
 class _Sums:
     """What the sweep adds up of one image; the result of `segmentation_histograms` follows from it."""
 
+    parts: Parts
     confidence_sums: Tensor  # (K + 1, num_bins) float64
     confidence_counts: Tensor  # (K + 1, num_bins, 2): misses and hits
     confidence: Tensor  # (K + 1, 2, magnitude bins)
     errors: Tensor  # (2, BINS)
     errors_of_class: Tensor  # (K, BINS)
-    loss: Tensor  # (2, K) float64
+    loss: Tensor  # (3, K) float64
     undefined: Tensor  # (2,)
     ones: Tensor  # as many as there are confidences in a piece
 
-    def add_confidence(self, p: Tensor, label: Tensor) -> Tensor:
-        """Probabilities (K, c) and labels (c,) int64, none to be left out; returns the top label (c,) int64."""
-        k, num_bins = len(p), self.confidence_sums.shape[1]
-        row = torch.arange(k + 1, dtype=torch.int32, device=p.device)[:, None]
-        q, top = _with_top(p)
-        hit = torch.cat([label.to(torch.int32) == row[:k], (top == label)[None]])
+    def add(self, p: Tensor, label: Tensor, u: Tensor | None) -> None:
+        """Probabilities (K, c), labels (c,) int64 and uncertainty (c,) of voxels that count."""
+        rows, hits = [p], [_is_class(label, len(p))]
+        if self.parts.top or u is not None:
+            largest, top = _top(p)
+            rows, hits = [*rows, largest[None]], [*hits, (top == label)[None]]
+        first, last = 0 if self.parts.classes else 1, 2 if self.parts.top else 1
+        if first < last:
+            self._add_confidence(torch.cat(rows[first:last]), torch.cat(hits[first:last]), first * len(p))
+        if self.parts.loss:
+            self._add_loss(p.to(torch.float64, copy=True), label)
+        if u is not None:
+            broken = u.isnan()
+            self.undefined[1] += broken.sum()
+            self._add_errors(*_chosen(~broken, u, top, label))
+
+    def _add_confidence(self, q: Tensor, hit: Tensor, first: int) -> None:
+        """Confidences and hits (rows, c) of the rows from `first` on."""
+        num_bins = self.confidence_sums.shape[1]
+        row = torch.arange(first, first + len(q), dtype=torch.int32, device=q.device)[:, None]
         exact = q.double()
         bins = _reliability_bin(exact, num_bins).add_(row * num_bins)
         self.confidence_sums.view(-1).scatter_add_(0, bins.flatten().long(), exact.flatten())
         _tally(self.confidence_counts, bins.mul_(2).add_(hit), self.ones)
-        if self.confidence.numel():
+        if self.parts.magnitudes:
             _tally(self.confidence, magnitude_bin(q).add_(hit, alpha=2 * HALF).add_(row * (4 * HALF)), self.ones)
-        own = exact[:k].gather(0, label[None])
-        self.loss[1].scatter_add_(0, label, torch.special.xlogy(own.new_tensor(-1.0), own[0]))
-        exact[:k].scatter_(0, label[None], own - 1)
-        self.loss[0] += exact[:k].square().sum(1)
-        return top
 
-    def add_errors(self, u: Tensor, top: Tensor, label: Tensor) -> None:
-        """Uncertainty (c,) float32 or float64, none of it NaN, top label and label."""
+    def _add_loss(self, exact: Tensor, label: Tensor) -> None:
+        """Probabilities (K, c) float64, which are overwritten."""
+        own = exact.gather(0, label[None])
+        self.loss[1].scatter_add_(0, label, torch.special.xlogy(own.new_tensor(-1.0), own[0]))
+        self.loss[2] += torch.bincount(label, minlength=len(exact))
+        exact.scatter_(0, label[None], own - 1)
+        self.loss[0] += exact.square().sum(1)
+
+    def _add_errors(self, u: Tensor, top: Tensor, label: Tensor) -> None:
         wrong = top != label
         bins = fine_bin(u)
         _tally(self.errors, bins.add(wrong, alpha=BINS), self.ones)
@@ -149,23 +169,51 @@ class _Sums:
         misses, hits = self.confidence_counts.unbind(-1)
         reliability = torch.stack([self.confidence_sums, hits.double(), (misses + hits).double()], 1)
         wrong = torch.cat([self.errors_of_class, self.errors[1:]])
-        return (
-            reliability,
-            self.confidence,
-            torch.stack([self.errors.sum(0) - wrong, wrong], 1),
-            self.loss,
-            self.undefined,
-        )
+        errors = torch.stack([self.errors.sum(0) - wrong, wrong], 1)
+        return reliability, self.confidence, errors, self.loss, self.undefined
 
 
-def _with_top(p: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes (K, c) with the largest one below them, and which that is, int64 (c,); the first of equals."""
+def _top(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of the classes (K, c) and which that is, int64 (c,); the first of equals."""
     largest, top = p[0], torch.zeros(p.shape[1:], dtype=torch.int32, device=p.device)
     for k in range(1, len(p)):
         # k where class k is larger, else 0: classes come in ascending order.
         top = torch.maximum(top, (p[k] > largest).to(torch.int32).mul_(k))
         largest = torch.maximum(largest, p[k])
-    return torch.cat([p, largest[None]]), top.long()
+    return largest, top.long()
+
+
+def _is_class(label: Tensor, k: int) -> Tensor:
+    """(K, c): whether the label is k."""
+    return label.to(torch.int32) == torch.arange(k, dtype=torch.int32, device=label.device)[:, None]
+
+
+def _pieces(
+    p: Tensor, target: Tensor, mask: Tensor | None, uncertainty: Tensor | None, ignore_index: int, rows: int
+) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+    """(image, voxels without a probability, maps) of every piece, what doesn't count left out.
+
+    Maps are probabilities (K, c), labels (c,) int64 and, where there is one, the uncertainty (c,), of the dtypes that
+    sums are computed in.
+    """
+    label = target.flatten(1)
+    counted_map = None if mask is None else mask.flatten(1)
+    u = None if uncertainty is None else uncertainty.flatten(1)
+    for image, voxels in voxel_slices(p, rows):
+        here = label[image, voxels]
+        maps: tuple[Tensor, ...] = (p[image, :, voxels].to(working_dtype(p.dtype)), here.long())
+        if u is not None:
+            maps += (u[image, voxels].to(working_dtype(u.dtype)),)
+        counted = counted_voxels(here, ignore_index)
+        if counted_map is not None:
+            counted = counted & counted_map[image, voxels]
+        maps = _chosen(counted, *maps)
+        undefined = 0
+        if bool(maps[0].sum().isnan()):
+            broken = maps[0].isnan().any(0)
+            undefined = int(broken.sum())
+            maps = _chosen(~broken, *maps)
+        yield image, undefined, maps
 
 
 def segmentation_histograms(
@@ -175,49 +223,70 @@ def segmentation_histograms(
     uncertainty: Tensor | None,
     ignore_index: int,
     num_bins: int,
-    fine: bool,
+    parts: Parts,
 ) -> tuple[Tensor, ...]:
     """`reference.segmentation_histograms`."""
-    k = probability.shape[1]
-    p_flat, label_flat = flat(probability), target.flatten(1)
-    mask_flat = None if mask is None else mask.flatten(1)
-    u_flat = None if uncertainty is None else uncertainty.flatten(1)
+    n, k = probability.shape[:2]
+    p = flat(probability)
+    bins = 0 if uncertainty is None else BINS
+    rows = _ROWS * (k + 1)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=probability.device)
+        return torch.zeros(shape, dtype=dtype, device=p.device)
 
-    pieces = list(voxel_slices(p_flat, _ROWS * (k + 1)))
-    ones = zeros((k + 1) * pieces[0][1].stop).fill_(1)
+    ones = zeros((k + 1) * next(voxel_slices(p, rows))[1].stop).fill_(1)
     sums = [
         _Sums(
+            parts,
             zeros(k + 1, num_bins, dtype=torch.float64),
             zeros(k + 1, num_bins, 2),
-            zeros(k + 1, 2, 2 * HALF if fine else 0),
-            zeros(2, 0 if u_flat is None else BINS),
-            zeros(k, 0 if u_flat is None else BINS),
-            zeros(2, k, dtype=torch.float64),
+            zeros(k + 1, 2, 2 * HALF if parts.magnitudes else 0),
+            zeros(2, bins),
+            zeros(k, bins),
+            zeros(3, k, dtype=torch.float64),
             zeros(2),
             ones,
         )
-        for _ in probability
+        for _ in range(n)
     ]
-    for image, voxels in pieces:
-        label = label_flat[image, voxels]
-        maps: tuple[Tensor, ...] = (p_flat[image, :, voxels].to(working_dtype(p_flat.dtype)), label.long())
-        if u_flat is not None:
-            maps += (u_flat[image, voxels].to(working_dtype(u_flat.dtype)),)
-        counted = counted_voxels(label, ignore_index)
-        if mask_flat is not None:
-            counted = counted & mask_flat[image, voxels]
-        maps = _chosen(counted, *maps)
-        if bool(maps[0].sum().isnan()):
-            broken = maps[0].isnan().any(0)
-            sums[image].undefined[0] += broken.sum()
-            maps = _chosen(~broken, *maps)
-        p, label = maps[:2]
-        top = sums[image].add_confidence(p, label)
-        for u in maps[2:]:
-            broken = u.isnan()
-            sums[image].undefined[1] += broken.sum()
-            sums[image].add_errors(*_chosen(~broken, u, top, label))
+    for image, undefined, maps in _pieces(p, target, mask, uncertainty, ignore_index, rows):
+        sums[image].undefined[0] += undefined
+        sums[image].add(maps[0], maps[1], maps[2] if len(maps) > 2 else None)
     return tuple(torch.stack(t) for t in zip(*(s.result() for s in sums), strict=True))
+
+
+class Refined(NamedTuple):
+    """One question of one image: sums of confidence (2 HALF,) in float64, and voxels of the bins that were wanted."""
+
+    sums: Tensor
+    confidence: Tensor
+    hit: Tensor
+
+
+def refine(
+    probability: Tensor, target: Tensor, mask: Tensor | None, ignore_index: int, wanted: Tensor, top: bool
+) -> list[list[Refined]]:
+    """A second look at what magnitude histograms counted: per image, and per class or for its top label.
+
+    `wanted` (N, questions, 2 HALF) says of which bins single voxels are needed. Confidences are taken into [0, 1].
+    """
+    n, questions, _ = wanted.shape
+    p = flat(probability)
+    sums = torch.zeros(wanted.shape, dtype=torch.float64, device=p.device)
+    found: list[list[list[tuple[Tensor, Tensor]]]] = [[[] for _ in range(questions)] for _ in range(n)]
+    for image, _, (q, label) in _pieces(p, target, mask, None, ignore_index, _ROWS * len(p[0])):
+        largest, which = _top(q) if top else (q, None)
+        confidence = largest.view(questions, -1).clamp(0, 1)
+        hit = (which == label)[None] if which is not None else _is_class(label, questions)
+        index = magnitude_bin(confidence).long()
+        sums[image].scatter_add_(1, index, confidence.double())
+        needed = wanted[image].gather(1, index)
+        for i in range(questions):
+            few = needed[i].nonzero()[:, 0]
+            found[image][i].append((confidence[i].gather(0, few), hit[i].gather(0, few)))
+
+    def joined(image: int, question: int) -> Refined:
+        confidence, hit = (torch.cat(parts) for parts in zip(*found[image][question], strict=True))
+        return Refined(sums[image, question], confidence, hit)
+
+    return [[joined(image, question) for question in range(questions)] for image in range(n)]

@@ -56,6 +56,7 @@ from sure_kernels.ops.histograms.reference import (
     RELIABILITY_RANGE,
     STEPS,
     THRESHOLDS,
+    Parts,
 )
 
 _HALF = tl.constexpr(HALF)
@@ -345,7 +346,7 @@ def segmentation_histograms(
     uncertainty: Tensor | None,
     ignore_index: int,
     num_bins: int,
-    fine: bool,
+    parts: Parts,
 ) -> tuple[Tensor, ...]:
     """`reference.segmentation_histograms`."""
     n, k = probability.shape[:2]
@@ -354,21 +355,33 @@ def segmentation_histograms(
     mask = None if mask is None else _bytes(mask.flatten(1))
     maps = _Maps(p, u, target.flatten(1).contiguous(), mask, ignore_index)
 
-    def joined(classes: Tensor, top: Tensor) -> Tensor:
-        return torch.cat([classes.unflatten(0, (n, k)), top[:, None]], 1)
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros((n, *shape), dtype=dtype, device=p.device)
 
-    classes, of_class = maps.reliability(CLASS, num_bins)
-    top, of_top = maps.reliability(TOP, num_bins)
-    reliability = joined(classes, top)
-    confidence, errors = (torch.zeros((n, k + 1, 2, 0), dtype=torch.int64, device=p.device) for _ in range(2))
-    undefined = torch.stack([of_top[:, 2], torch.zeros_like(of_top[:, 2])], 1).long()
-    if fine:
-        confidence = joined(*(maps.counts(mode, 2 * HALF)[0] for mode in (CLASS, TOP)))
+    reliability, loss = (zeros(*shape, dtype=torch.float64) for shape in ((k + 1, 3, num_bins), (3, k)))
+    confidence = zeros(k + 1, 2, 2 * HALF if parts.magnitudes else 0)
+    errors, undefined = zeros(k + 1, 2, 0 if uncertainty is None else BINS), zeros(2)
+    if parts.classes or parts.loss:
+        bins, extra = maps.reliability(CLASS, num_bins)
+        if parts.classes:
+            reliability[:, :k] = bins.unflatten(0, (n, k))
+        if parts.loss:
+            loss[:, :2] = extra[:, :2].view(n, k, 2).mT
+            loss[:, 2] = bins[:, 1].sum(-1).view(n, k)
+    # The top label's sweep is the one that sees every probability of a voxel, NaN among them.
+    bins, extra = maps.reliability(TOP, num_bins if parts.top else 1)
+    undefined[:, 0] = extra[:, 2]
+    if parts.top:
+        reliability[:, k] = bins
+    if parts.magnitudes and parts.classes:
+        confidence[:, :k] = maps.counts(CLASS, 2 * HALF)[0].unflatten(0, (n, k))
+    if parts.magnitudes and parts.top:
+        confidence[:, k] = maps.counts(TOP, 2 * HALF)[0]
     if uncertainty is not None:
         counts, without = maps.counts(ERROR, BINS)
-        errors = counts.unflatten(0, (n, k + 1))
+        errors.copy_(counts.unflatten(0, (n, k + 1)))
         undefined[:, 1] = without.view(n, k + 1)[:, -1]
-    return reliability, confidence, errors, of_class[:, :2].view(n, k, 2).transpose(1, 2).contiguous(), undefined
+    return reliability, confidence, errors, loss, undefined
 
 
 def compile_cases() -> list[KernelCases]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels.ops.histograms import closed_form, reference
-from sure_kernels.ops.histograms.reference import BINS, HALF
+from sure_kernels.ops.histograms.reference import BINS, HALF, Parts
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -41,16 +41,19 @@ def segmentation_histograms(
     uncertainty: Tensor | None,
     ignore_index: int,
     num_bins: int,
-    fine: bool,
+    classes: bool,
+    top: bool,
+    magnitudes: bool,
+    loss: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _implementation(backend).segmentation_histograms(
-        probability, target, mask, uncertainty, ignore_index, num_bins, fine
+        probability, target, mask, uncertainty, ignore_index, num_bins, Parts(classes, top, magnitudes, loss)
     )
 
 
 @segmentation_histograms.register_fake
-def _(probability, target, mask, uncertainty, ignore_index, num_bins, fine, backend):
+def _(probability, target, mask, uncertainty, ignore_index, num_bins, classes, top, magnitudes, loss, backend):
     n, k = probability.shape[:2]
 
     def empty(*shape, dtype=torch.int64):
@@ -58,8 +61,8 @@ def _(probability, target, mask, uncertainty, ignore_index, num_bins, fine, back
 
     return (
         empty(k + 1, 3, num_bins, dtype=torch.float64),
-        empty(k + 1, 2, 2 * HALF if fine else 0),
+        empty(k + 1, 2, 2 * HALF if magnitudes else 0),
         empty(k + 1, 2, 0 if uncertainty is None else BINS),
-        empty(2, k, dtype=torch.float64),
+        empty(3, k, dtype=torch.float64),
         empty(2),
     )

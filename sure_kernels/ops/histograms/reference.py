@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +72,19 @@ def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
     return (p.double() * (num_bins / RELIABILITY_RANGE)).long().clamp(0, num_bins - 1)
 
 
+class Parts(NamedTuple):
+    """Which sums of a segmentation are wanted."""
+
+    classes: bool = True
+    """Reliability of every class."""
+    top: bool = True
+    """Reliability of the top label."""
+    magnitudes: bool = True
+    """Magnitude histograms of the confidence, of classes and top label where these are wanted."""
+    loss: bool = True
+    """Brier score and likelihood."""
+
+
 def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """Fine histograms of `value` where each `flag` is False and where it is True.
 
@@ -103,7 +117,7 @@ def segmentation_histograms(
     uncertainty: Tensor | None,
     ignore_index: int,
     num_bins: int,
-    fine: bool,
+    parts: Parts,
 ) -> tuple[Tensor, ...]:
     """All sums from which the metrics follow; entry k < K stands for class k, entry K for the top label.
 
@@ -118,15 +132,14 @@ def segmentation_histograms(
         uncertainty: (N, *spatial), or None.
         ignore_index: label of voxels that don't count.
         num_bins: reliability bins.
-        fine: whether the confidence's magnitude histograms are wanted.
+        parts: what is wanted; the rest is 0, or has no bins.
 
     Returns:
         reliability: float64 (N, K + 1, 3, num_bins), sums of confidence, of hits and of voxels per reliability bin.
-        confidence: int64 (N, K + 1, 2, 2 HALF), magnitude histograms of the confidence of misses and hits; 0 bins if
-            not `fine`.
+        confidence: int64 (N, K + 1, 2, 2 HALF), magnitude histograms of the confidence of misses and hits.
         errors: int64 (N, K + 1, 2, BINS), fine histograms of the uncertainty where right and where wrong; 0 bins
             without uncertainty.
-        loss: float64 (N, 2, K), sums of (p_k - y_k)^2, and of -ln p_k over the voxels of class k.
+        loss: float64 (N, 3, K), sums of (p_k - y_k)^2, of -ln p_k over the voxels of class k, and how many these are.
         undefined: int64 (N, 2), counted voxels with a NaN probability and, of the others, with a NaN uncertainty.
     """
     n, k = probability.shape[:2]
@@ -148,19 +161,21 @@ def segmentation_histograms(
         terms = torch.stack([confidence, hit.double(), torch.ones_like(confidence)], 2)
         reliability[..., b] = terms.where(inside[:, :, None], 0).sum(-1)
 
+    rows = torch.tensor([parts.classes] * k + [parts.top], device=p.device)[:, None, None]
+    reliability = reliability * rows
     squares = (p - y.double()).square().where(counted[:, None], 0).sum(-1)
-    log_loss = (-p.log()).where(counted[:, None] & y, 0).sum(-1)
+    own = counted[:, None] & y
+    loss = torch.stack([squares, (-p.log()).where(own, 0).sum(-1), own.sum(-1).double()], 1)
+    if not parts.loss:
+        loss.zero_()
 
     counts, errors = (torch.zeros((n, k + 1, 2, 0), dtype=torch.int64, device=p.device) for _ in range(2))
     without = torch.zeros_like(undefined)
-    if fine:
-        columns = range(k + 1)
-        counts = torch.cat(
-            [_split(magnitude_bin(confidence[:, i]), hit[:, i : i + 1], counted, 2 * HALF) for i in columns], 1
-        )
+    if parts.magnitudes:
+        questions = zip(confidence.unbind(1), hit.unbind(1), strict=True)
+        counts = torch.cat([_split(magnitude_bin(q), h[:, None], counted, 2 * HALF) for q, h in questions], 1) * rows
     if uncertainty is not None:
         predicted = top.indices[:, None] == torch.arange(k, device=p.device)[:, None]
         wrong = torch.cat([predicted ^ y, ~hit[:, -1:]], 1)
         errors, without = binary_histogram(uncertainty.flatten(1), wrong, counted)
-    loss = torch.stack([squares, log_loss], 1)
     return reliability, counts, errors, loss, torch.stack([undefined, without], 1)
