@@ -127,7 +127,7 @@ def test_pieces_join(monkeypatch):
     """A volume of many pieces, the last one shorter, is one of a single piece."""
     probability, target, uncertainty = segmentation((2, 9, 10, 11), 3, 4)
     whole = metrics.segmentation_histograms(probability, target, uncertainty)
-    monkeypatch.setattr("sure_kernels.kernel_lib.chunks.CPU_ELEMENTS", 16 * 100)
+    monkeypatch.setattr("sure_kernels.kernel_lib.chunks.SERIAL_ELEMENTS", 4 * 100)
     compare(metrics.segmentation_histograms(probability, target, uncertainty), whole)
     wrong = torch.stack([probability.argmax(1) == k for k in range(3)], 1)
     found = op.binary_histogram(uncertainty.flatten(1), wrong.flatten(2), None, "eager")

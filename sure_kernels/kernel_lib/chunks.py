@@ -58,3 +58,19 @@ def blocks(x: Tensor, rows: int) -> Iterator[Place]:
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 is computed in float64, everything else in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Up to so many numbers torch works in the calling thread.
+SERIAL_ELEMENTS = (1 << 15) - 1
+
+
+def serial_slices(x: Tensor, maps: int) -> Iterator[tuple[int, slice]]:
+    """(n, slice) pairs that cover the (N, ..., V) map `x`: steps on `maps` numbers a voxel stay in one thread.
+
+    For sweeps of many short steps: starting and joining threads for each would cost more than it brings.
+    """
+    budget = SERIAL_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
+    step = max(1, budget // maps)
+    for image in range(len(x)):
+        for start in range(0, x.shape[-1], step):
+            yield image, slice(start, min(start + step, x.shape[-1]))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sure_kernels.kernel_lib.chunks import voxel_slices
+from sure_kernels.kernel_lib.chunks import serial_slices
 from sure_kernels.metrics.points import as_points, as_result, match, match_boolean
 from sure_kernels.metrics.state import SumState
 from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
@@ -127,7 +127,7 @@ def _sums(
     zero = torch.zeros(n, dtype=torch.float64, device=first.device)
     sums = {name: zero.clone() for name in ("near", "undefined", "correlation", "varying")}
     sums["rising"] = torch.zeros_like(direction)
-    for row, voxels in voxel_slices(u[0][:, None], 4 * len(u)):
+    for row, voxels in serial_slices(u[0], len(u)):
         chosen = close[row, voxels]
         values = torch.stack([m[row, voxels][chosen] for m in u]).double()  # (levels, voxels)
         sums["near"][row] += values.shape[1]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sure_kernels.kernel_lib.chunks import flat, voxel_slices, working_dtype
+from sure_kernels.kernel_lib.chunks import flat, serial_slices, working_dtype
 from sure_kernels.kernel_lib.labels import counted_voxels
 from sure_kernels.ops.histograms.reference import (
     BINS,
@@ -36,8 +36,6 @@ from sure_kernels.ops.histograms.reference import (
 
 # (integer of the same width, stored mantissa bits, exponent bias)
 _LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
-# Rows of a piece for `voxel_slices` and each map in it: 32768 numbers, from which on torch starts threads.
-_ROWS = 4
 
 
 def magnitude_bin(v: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tup
     """`reference.binary_histogram`."""
     counts = torch.zeros((*flag.shape[:2], 2, BINS), dtype=torch.int64, device=value.device)
     undefined = torch.zeros(value.shape[0], dtype=torch.int64, device=value.device)
-    pieces = list(voxel_slices(value[:, None], _ROWS))
+    pieces = list(serial_slices(value, 1))
     ones = counts.new_ones(pieces[0][1].stop)
     for n, voxels in pieces:
         v, flags = value[n, voxels].to(working_dtype(value.dtype)), flag[n, :, voxels]
@@ -189,17 +187,17 @@ def _is_class(label: Tensor, k: int) -> Tensor:
 
 
 def _pieces(
-    p: Tensor, target: Tensor, mask: Tensor | None, uncertainty: Tensor | None, ignore_index: int, rows: int
+    p: Tensor, target: Tensor, mask: Tensor | None, uncertainty: Tensor | None, ignore_index: int, per_voxel: int
 ) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
     """(image, voxels without a probability, maps) of every piece, what doesn't count left out.
 
     Maps are probabilities (K, c), labels (c,) int64 and, where there is one, the uncertainty (c,), of the dtypes that
-    sums are computed in.
+    sums are computed in. A piece is short enough for steps on `per_voxel` numbers a voxel to stay in one thread.
     """
     label = target.flatten(1)
     counted_map = None if mask is None else mask.flatten(1)
     u = None if uncertainty is None else uncertainty.flatten(1)
-    for image, voxels in voxel_slices(p, rows):
+    for image, voxels in serial_slices(p, per_voxel):
         here = label[image, voxels]
         maps: tuple[Tensor, ...] = (p[image, :, voxels].to(working_dtype(p.dtype)), here.long())
         if u is not None:
@@ -229,12 +227,11 @@ def segmentation_histograms(
     n, k = probability.shape[:2]
     p = flat(probability)
     bins = 0 if uncertainty is None else BINS
-    rows = _ROWS * (k + 1)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=p.device)
 
-    ones = zeros((k + 1) * next(voxel_slices(p, rows))[1].stop).fill_(1)
+    ones = zeros((k + 1) * next(serial_slices(p, k + 1))[1].stop).fill_(1)
     sums = [
         _Sums(
             parts,
@@ -249,7 +246,7 @@ def segmentation_histograms(
         )
         for _ in range(n)
     ]
-    for image, undefined, maps in _pieces(p, target, mask, uncertainty, ignore_index, rows):
+    for image, undefined, maps in _pieces(p, target, mask, uncertainty, ignore_index, k + 1):
         sums[image].undefined[0] += undefined
         sums[image].add(maps[0], maps[1], maps[2] if len(maps) > 2 else None)
     return tuple(torch.stack(t) for t in zip(*(s.result() for s in sums), strict=True))
@@ -274,7 +271,7 @@ def refine(
     p = flat(probability)
     sums = torch.zeros(wanted.shape, dtype=torch.float64, device=p.device)
     found: list[list[list[tuple[Tensor, Tensor]]]] = [[[] for _ in range(questions)] for _ in range(n)]
-    for image, _, (q, label) in _pieces(p, target, mask, None, ignore_index, _ROWS * len(p[0])):
+    for image, _, (q, label) in _pieces(p, target, mask, None, ignore_index, len(p[0])):
         largest, which = _top(q) if top else (q, None)
         confidence = largest.view(questions, -1).clamp(0, 1)
         hit = (which == label)[None] if which is not None else _is_class(label, questions)
