@@ -171,6 +171,15 @@ class TestArguments:
             function(u, error, mask=mask, method=method), function(u[:30], error[:30], method=method)
         )
 
+    def test_empty_sets(self, function):
+        none = torch.zeros(0)
+        value, reason = function(none, none.bool(), return_reason=True)
+        assert value.isnan()
+        assert int(reason) == metrics.Undefined.NO_VOXEL
+        assert function(none, none.bool(), method="histogram").value.isnan()
+        with pytest.raises(ValueError, match=r"uncertainty: expected at least one set of points, got \(0, 5\)"):
+            function(torch.zeros(0, 5), torch.zeros(0, 5, dtype=torch.bool))
+
     def test_errors(self, function):
         u, error = torch.rand(2, 6), torch.rand(2, 6) < 0.5
         with pytest.raises(TypeError, match="uncertainty: expected float32"):

@@ -21,6 +21,8 @@ def as_points(value: object, name: str) -> Tensor:
     tensor = plain_tensor(value, name)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.ndim > 1 and not len(tensor):
+        raise ValueError(f"{name}: expected at least one set of points, got {shape_of(tensor)}")
     if tensor.ndim in (1, 2):
         return tensor
     if tensor.ndim not in (4, 5) or tensor.shape[1] != 1:

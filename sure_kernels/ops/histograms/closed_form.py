@@ -91,7 +91,7 @@ def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None) -> tup
     counts = torch.zeros((*flag.shape[:2], 2, BINS), dtype=torch.int64, device=value.device)
     undefined = torch.zeros(value.shape[0], dtype=torch.int64, device=value.device)
     pieces = list(serial_slices(value, 1))
-    ones = counts.new_ones(pieces[0][1].stop)
+    ones = counts.new_ones(pieces[0][1].stop if pieces else 0)
     for n, voxels in pieces:
         v, flags = value[n, voxels].to(working_dtype(value.dtype)), flag[n, :, voxels]
         if counted is not None:

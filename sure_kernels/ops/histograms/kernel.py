@@ -285,7 +285,7 @@ class _Maps(NamedTuple):
     def split(self) -> tuple[int, int]:
         """(programs of a row, blocks of a program): of the shape alone."""
         blocks = cdiv(self.label.shape[-1], BLOCK)
-        programs = min(PROGRAMS, cdiv(blocks, SPAN))
+        programs = max(min(PROGRAMS, cdiv(blocks, SPAN)), 1)
         return programs, cdiv(blocks, programs)
 
     def rows(self, mode: str) -> int:
