@@ -23,6 +23,5 @@ FLOAT16 = 2**-11
 # Maps in float32 and their gradients, absolute below 1 and relative above: a few ulp through digamma and its kin.
 FLOAT32_MAPS = 5e-6
 
-
 # Metrics that sort against float64 programs that sort: sums of up to a million float64 terms.
 EXACT_METRIC = 1e-9
