@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, steps
 from benchmarks.registry import HEADLINE, OURS
 from sure.files import write_text
 
@@ -94,6 +94,8 @@ def page(files: Iterable[Path]) -> str:
         ]
         if "training" in found:
             lines += [*_training(found["training"]), ""]
+        if "steps" in found:
+            lines += [*_steps(found["steps"]), ""]
         lines += ["<details><summary>All rows</summary>", "", *table(found["rows"]), "", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -110,6 +112,16 @@ def _training(found: dict[str, Any]) -> list[str]:
         )
         + "."
     ]
+
+
+def _steps(found: dict[str, Any]) -> list[str]:
+    lines = ["| whole step, network aside | ours | published program | |", "|---|--:|--:|--:|"]
+    for name, times in found.items():
+        ours, theirs = times["median"], times["published"]
+        lines.append(
+            f"| {steps.TITLES[name]} | {_milliseconds(ours)} | {_milliseconds(theirs)} | {theirs / ours:.0f} x |"
+        )
+    return [*lines, "", "The published programs were timed on two cores of another machine of the same kind."]
 
 
 def _plot_name(path: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sure_kernels as sk
-from benchmarks import measure, results, training
+from benchmarks import measure, results, steps, training
 from benchmarks.registry import CASES, OURS, QUICK, SETTINGS, Case, Function, Setting, case_of, forms_of
 
 # Bytes that a form may need at its peak, as a multiple of its first argument, before it is tried at all.
@@ -110,6 +110,7 @@ def measure_all(
             del args, kwargs
     if not quick and ops is None:
         found["training"] = training.shares(device)
+        found["steps"] = steps.seconds(device)
         if out is not None:
             results.write(found, out)
     return found

@@ -170,7 +170,7 @@ def levels(sets: Sets, by_rank: Tensor) -> Iterator[Level]:
         source = torch.empty_like(slots)
         source.masked_scatter_(is_one, was_one.nonzero()[:, 0])
         source.masked_scatter_(~is_one, (~was_one).nonzero()[:, 0])
-        rank = rank[source]
+        rank = rank.index_select(0, source)
         # A one needs the zeros before it in the node, a zero the ones after it: with what stands before it in the old
         # and in the new arrangement, and with where the zeros of the node end, both follow by subtraction.
         start = slots - (local & ((2 << bit) - 1))
@@ -188,11 +188,10 @@ def dominated(sets: Sets) -> tuple[Tensor, Tensor]:
     running = score.new_zeros(len(order) + 1)
     torch.cumsum(score, 0, out=running[1:])
     for source, is_one, number, middle, outer in levels(sets, by_rank):
-        score, difference, count = score[source], difference[source], count[source]
-        before = running[source]
+        score, difference, count, before = (x.index_select(0, source) for x in (score, difference, count, running))
         running = torch.zeros_like(running)
         torch.cumsum(score, 0, out=running[1:])
-        total = before - running[:-1] + running[middle] - running[outer]
+        total = before - running[:-1] + running.index_select(0, middle) - running.index_select(0, outer)
         count += number
         difference += score * number - torch.where(is_one, total, -total)
     # What rounding left at a point that violates nothing; multiplied, so that NaN stays NaN.
