@@ -66,6 +66,8 @@ class TrainConfig:
     published."""
     ranking: Literal["covariance", "correlation", "exact"] = "covariance"
     """Form of the gradient supervision: exact ranks all pairs of an image's boundary voxels."""
+    margin: float = 0.0
+    """For the correlation: how strong a relation is asked for, up to 1; 0 asks for its sign alone."""
     within_class: bool = False
     """Compare voxels only within a class (PriUS); for the exact ranking."""
     soft: Literal["off", "acdc", "isic"] = "off"
@@ -165,6 +167,8 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
         yield f"good_model_step: expected less than epochs ({c.epochs}), got {c.good_model_step}"
     if c.within_class and c.ranking != "exact":
         yield f"within_class: expected ranking exact with it, got {c.ranking}"
+    if c.margin > 1 or (c.margin and c.ranking != "correlation"):
+        yield f"margin: expected at most 1, and ranking correlation with it, got {c.margin:g} with {c.ranking}"
     if len(c.noise_weights) != 3:
         yield f"noise_weights: expected 3 numbers, got {c.noise_weights}"
     if len(c.noise_means) != 2 or c.noise_means[0] > c.noise_means[1]:

@@ -469,6 +469,16 @@ def _check_thresholds(boundary: float, near: float, far: float) -> tuple[float, 
     return boundary, near, far
 
 
+def check_margin(margin: float, supervision: str) -> float:
+    """A margin of the correlation form, or 0 with any form."""
+    checked = check.check_number(margin, "margin")
+    if checked > 1:
+        raise ValueError(f"margin: expected a correlation from 0 to 1, got {margin:g}")
+    if checked and supervision != "correlation":
+        raise ValueError(f"margin: expected supervision='correlation' with it, got {supervision!r}")
+    return checked
+
+
 def supervised_evidential_loss(
     logits: Tensor,
     target: Tensor,
@@ -479,6 +489,7 @@ def supervised_evidential_loss(
     band: Tensor | None = None,
     supervision: str = "covariance",
     within_class: bool = False,
+    margin: float = 0.0,
     gradient_weight: float = 1.0,
     far_weight: float = 1.0,
     boundary: float = 1.0,
@@ -521,6 +532,8 @@ def supervised_evidential_loss(
             pairs of an image's boundary voxels, `gradient_uncertainty_loss`, in place of C. It reads the logits once
             more, keeps a float32 map for backward, and on a GPU makes the host wait once.
         within_class: compare only voxels of one label; for `exact`.
+        margin: for `correlation`: C = relu(corr(u, g) + margin), which goes on until the correlation is -margin (for
+            `increasing` +margin), 0 to 1. With 0 no more than the sign of the relation is asked for.
         boundary, near, far: distances that define the band, in the unit of `spacing`.
         relation: `decreasing` penalises uncertainty that rises with the gradient, `increasing` the opposite.
         operator, spacing, padding_mode, channel_reduction: as `gradient_magnitude`; `spacing` also serves the
@@ -559,6 +572,7 @@ def supervised_evidential_loss(
         check.check_number(far_weight, "far_weight"),
         supervised_reference.WITHIN_CLASS if within_class else form,
         check.check_choice(relation, "relation", RELATIONS),
+        check_margin(margin, form),
     )
     n, _, *spatial = common.logits.shape
     source, filter_ = _gradient_source(
@@ -685,6 +699,7 @@ def _reference_supervised(
         common.target.flatten(1),
         supervision=options.form,
         relation=options.relation,
+        margin=options.margin,
         process_group=process_group,
     )
     w = common.weights

@@ -234,6 +234,7 @@ class SURELoss(nn.Module):
         noise_weight: gamma, the weight of the noise-uncertainty loss L_nu, in steps with them.
         noise_weights: of L_mu, L_d and L_far within L_nu. beta, gamma and these are 1 for want of published values.
         supervision: form of L_gu: `covariance`, `correlation` or `exact`, the ranking of all pairs.
+        margin: how strong a relation supervision="correlation" asks for: until the correlation is -margin.
         within_class: compare voxels only within a class (PriUS): those of L_gu, for supervision="exact", and of L_d.
         soft: `SoftThresholds` for PriUS's sigmoid forms of L_gu and L_nu; `supervision` then does not apply.
         Everything else as `supervised_evidential_loss`, with the published weights 10, 1, 10 as defaults.
@@ -262,6 +263,7 @@ class SURELoss(nn.Module):
         noise_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         supervision: str = "covariance",
         within_class: bool = False,
+        margin: float = 0.0,
         soft: functional.SoftThresholds | None = None,
         ace_weight: float = 10.0,
         kl_weight: float = 1.0,
@@ -291,6 +293,7 @@ class SURELoss(nn.Module):
         self.annealing_steps = check_number(annealing_steps, "annealing_steps")
         schedules.supervision_weight(0, self.good_model_step, self.num_epochs)
         check_choice(supervision, "supervision", functional.SUPERVISIONS)
+        functional.check_margin(margin, supervision)
         self.kl_weight = check_number(kl_weight, "kl_weight")
         self.gradient_weight = check_number(gradient_weight, "gradient_weight")
         self.far_weight = check_number(far_weight, "far_weight")
@@ -322,6 +325,7 @@ class SURELoss(nn.Module):
         self.supervision_options: dict[str, Any] = {
             "supervision": "covariance" if soft is not None else supervision,
             "within_class": within_class and soft is None,
+            "margin": margin if soft is None else 0.0,
             "boundary": boundary,
             "near": near,
             "far": far,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import FLOAT32_GRADIENT_LARGE, FLOAT64_GRADIENT
+from tolerances import FLOAT32_GRADIENT_LARGE, FLOAT32_VALUE, FLOAT64_GRADIENT, FLOAT64_VALUE
 
 import sure_kernels as sk
 from sure_kernels import schedules
@@ -20,9 +20,12 @@ def setting(seed=0, shape=(2, 3, 12, 14)):
     return logits, target, image
 
 
-@pytest.mark.parametrize("supervision", ["covariance", "correlation"])
+FORMS = [("covariance", 0.0), ("correlation", 0.0), ("correlation", 0.3), ("correlation", 1.0)]
+
+
+@pytest.mark.parametrize(("supervision", "margin"), FORMS)
 @pytest.mark.parametrize("relation", ["decreasing", "increasing"])
-def test_terms_are_their_definition(supervision, relation):
+def test_terms_are_their_definition(supervision, margin, relation):
     logits, target, image = setting()
     u = sk.dirichlet_uncertainty(logits).vacuity[:, 0]
     g = sk.gradient_magnitude(image)[:, 0]
@@ -32,13 +35,50 @@ def test_terms_are_their_definition(supervision, relation):
         pair = torch.stack((u[i][d[i] <= 1], g[i][d[i] <= 1]))
         cov = torch.cov(pair, correction=0)
         value = cov[0, 1] / cov[1, 1].sqrt() / (cov[0, 0].sqrt() if supervision == "correlation" else 1)
-        expected.append(torch.relu(value if relation == "decreasing" else -value))
-    _, terms = sk.supervised_evidential_loss(
-        logits, target, image, supervision=supervision, relation=relation, near=2.0, far=3.0, return_terms=True
-    )
+        expected.append(torch.relu((value if relation == "decreasing" else -value) + margin))
+    options = {"supervision": supervision, "margin": margin, "relation": relation, "near": 2.0, "far": 3.0}
+    _, terms = sk.supervised_evidential_loss(logits, target, image, return_terms=True, **options)
     torch.testing.assert_close(terms.gradient, torch.stack(expected).mean())
     torch.testing.assert_close(terms.far, u[d > 3].mean())
     assert float(terms.far) > 0
+
+
+@pytest.mark.parametrize(("supervision", "margin"), FORMS)
+@pytest.mark.parametrize("relation", ["decreasing", "increasing"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_forms_and_their_gradients_are_the_reference(supervision, margin, relation, dtype):
+    logits, target, image = setting()
+    options = {"supervision": supervision, "margin": margin, "relation": relation, "near": 2.0, "far": 3.0}
+    options |= {"gradient_weight": 30.0, "far_weight": 3.0, "kl_weight": 0.2}
+    results = []
+    for namespace, precision in ((sk.reference, torch.float64), (sk, dtype)):
+        leaf = logits.to(precision, copy=True).requires_grad_()
+        loss = namespace.supervised_evidential_loss(leaf, target, image.to(precision), **options)
+        results.append((loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()))
+    double = dtype == torch.float64
+    tolerances = (FLOAT64_VALUE, FLOAT64_GRADIENT) if double else (FLOAT32_VALUE, FLOAT32_GRADIENT_LARGE)
+    for got, expected, tolerance in zip(results[1], results[0], tolerances, strict=True):
+        assert float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("relation", ["decreasing", "increasing"])
+def test_a_margin_goes_on_until_the_correlation_is_reached(relation):
+    logits, target, image = setting()
+    sign = 1 if relation == "decreasing" else -1
+    g, on = sk.gradient_magnitude(image), sk.boundary_distance(target) <= 1
+    options = {"supervision": "correlation", "margin": 0.4, "relation": relation, "far_weight": 0.0}
+    options |= {"ace_weight": 0.0, "kl_weight": 0.0, "dice_weight": 0.0}
+    logits.requires_grad_()
+    optimizer = torch.optim.SGD([logits], 2.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = sk.supervised_evidential_loss(logits, target, image, **options)
+        loss.backward()
+        optimizer.step()
+    u = sk.dirichlet_uncertainty(logits.detach()).vacuity
+    found = [sign * float(torch.corrcoef(torch.stack((u[i][on[i]], g[i][on[i]])))[0, 1]) for i in range(2)]
+    assert found == pytest.approx([-0.4, -0.4], abs=0.05)
+    assert float(loss.detach()) < 0.05
 
 
 @pytest.mark.parametrize("relation", ["decreasing", "increasing"])

@@ -102,6 +102,13 @@ BAD = {
     "distance integer": (lambda: supervised(distance=Y), TypeError, r"distance: expected a floating-point map"),
     "relation": (lambda: supervised(relation="positive"), ValueError, r"relation: expected one of decreasing"),
     "supervision": (lambda: supervised(supervision="sampled"), ValueError, r"supervision: expected one of"),
+    "margin": (
+        lambda: supervised(supervision="correlation", margin=1.5),
+        ValueError,
+        r"margin: expected .* 0 to 1, got",
+    ),
+    "margin alone": (lambda: supervised(margin=0.1), ValueError, r"margin: expected supervision='correlation'"),
+    "module margin": (lambda: sk.SURELoss(margin=0.1), ValueError, r"margin: expected supervision='correlation'"),
     "thresholds": (lambda: supervised(near=1.0, boundary=2.0), ValueError, r"boundary, near, far: expected"),
     "distance of floats": (lambda: sk.boundary_distance(X), TypeError, r"target: expected an integer index map"),
     "distance of one-hot": (

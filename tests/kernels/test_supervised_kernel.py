@@ -191,7 +191,7 @@ def test_finalise_in_one_launch(form, relation, device):
     k, images = 3, 19
     formula = evidential.Formula("digamma", "softplus", (1.0,) * k, (), False)
     weights = evidential.Weights(1.5, 0.2, 0.7, "adaptive_tversky", include_background=True)
-    supervision = closed_form.Supervision(2.0, 0.5, form, relation)
+    supervision = closed_form.Supervision(2.0, 0.5, form, relation, 0.3 if form == "correlation" else 0.0)
     generator = torch.Generator().manual_seed(0)
     g, u = (torch.rand((images, 9), generator=generator, dtype=torch.float64) for _ in range(2))
     g[0] = 1.0
@@ -234,7 +234,7 @@ def test_custom_ops_are_well_formed(layout, device):
     source = (image, "sobel", [1.0, 1.0], "replicate", "l2", False)
     torch.library.opcheck(custom.supervised_sums, (logits, *labels, *source, *formula, "triton"), test_utils=checks)
     sums = custom.supervised_sums(logits, *labels, *source, *formula, "triton")
-    weights = (1.0, 1.0, "covariance", "decreasing", 1.0, 1.0, 1.0, "soft", True)
+    weights = (1.0, 1.0, "covariance", "decreasing", 0.0, 1.0, 1.0, 1.0, "soft", True)
     torch.library.opcheck(custom.supervised_finalise, (sums, *weights, *formula), test_utils=checks)
     _, _, rows, means = custom.supervised_finalise(sums, *weights, *formula)
     up = torch.ones((), device=device)

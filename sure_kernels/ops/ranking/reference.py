@@ -29,9 +29,15 @@ def violations(x: Tensor, y: Tensor, relation: str) -> tuple[Tensor, Tensor]:
 
 
 def covariance(
-    x: Tensor, y: Tensor, groups: Tensor | None = None, *, relation: str = "decreasing", correlation: bool = False
+    x: Tensor,
+    y: Tensor,
+    groups: Tensor | None = None,
+    *,
+    relation: str = "decreasing",
+    correlation: bool = False,
+    margin: float = 0.0,
 ) -> Tensor:
-    """relu(Cov(x, y) / std(y)) of one set (n,), over std(x) too for the correlation; y is detached.
+    """relu(Cov(x, y) / std(y) + margin) of one set (n,), over std(x) too for the correlation; y is detached.
 
     Population moments, about the mean of each of the `groups` (n,) where given. 0 for fewer than two points and where y
     (for the correlation also x) does not vary.
@@ -46,7 +52,7 @@ def covariance(
     value = (dx * dy).mean() / dy.square().mean().sqrt()
     if correlation:
         value = value / dx.square().mean().sqrt()
-    return torch.relu(value if relation == "decreasing" else -value)
+    return torch.relu((value if relation == "decreasing" else -value) + margin)
 
 
 def _centred(x: Tensor, groups: Tensor | None) -> Tensor:

@@ -13,12 +13,13 @@ from sure_kernels.ops.ranking.reference import FLAT
 
 
 class Supervision(NamedTuple):
-    """How uncertainty is supervised: weights of C and F, the form of C, and the sign it penalises."""
+    """How uncertainty is supervised: weights of C and F, the form of C, the sign it penalises, its margin."""
 
     gradient_weight: float
     far_weight: float
     form: str
     relation: str
+    margin: float
 
 
 class Finalised(NamedTuple):
@@ -45,11 +46,12 @@ def finalise(sums: Tensor, supervision: Supervision, process_group: Any | None) 
         usable = usable & u_some
         scale = scale * u_var.rsqrt()
     value = sign * cov * scale
-    active = (usable & (value > 0)).to(sums.dtype)
+    active = (usable & (value > -supervision.margin)).to(sums.dtype)
 
     images = torch.tensor([float(len(n))], dtype=sums.dtype, device=sums.device)
     joined = all_reduced(
-        torch.cat((images, torch.stack(((active * value).sum(), far_n.sum(), far_u.sum())))), process_group
+        torch.cat((images, torch.stack(((active * (value + supervision.margin)).sum(), far_n.sum(), far_u.sum())))),
+        process_group,
     )
     c = joined[1] / joined[0]
     some_far = joined[2].clamp_min(1)

@@ -1,11 +1,11 @@
 """Launchers of the supervised loss, whose sweeps are those of `evidential.kernel`, and what follows from its sums.
 
-C = relu(Cov(u, g) / std(g)) over the boundary voxels of an image (divided by std(u) as well for `correlation`),
-averaged over the images; F = the mean of u over voxels far from every boundary. With n boundary voxels in an image
-and N images, where C > 0:
+C = relu(r) with r = Cov(u, g) / std(g) over the boundary voxels of an image, for `correlation` relu(r + margin) with r
+divided by std(u) as well; averaged over the images. F = the mean of u over voxels far from every boundary. With n
+boundary voxels in an image and N images, where C > 0:
 
     dL/du_i = weight (g_i - mean g) / (N n std g)                                   covariance
-    dL/du_i = the same / std u - weight C (u_i - mean u) / (N n var u)              correlation
+    dL/du_i = the same / std u - weight r (u_i - mean u) / (N n var u)              correlation
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _variance(square_mean, mean):
 
 
 @triton.jit
-def _covariance(p_moments, m, sign, CORRELATION: tl.constexpr):
-    """(C, factor of g - mean g, 1 / n, var u, mean g, mean u) of each image, [ROWS]; the first two 0 where inactive."""
+def _covariance(p_moments, m, sign, margin, CORRELATION: tl.constexpr):
+    """(C, r, factor of g - mean g, 1 / n, var u, mean g, mean u) of images, [ROWS]; first three 0 where inactive."""
     n = tl.load(p_moments, mask=m, other=0.0)
     share = 1.0 / tl.maximum(n, 1.0)
     g_mean = tl.load(p_moments + 1, mask=m, other=0.0) * share
@@ -49,15 +49,17 @@ def _covariance(p_moments, m, sign, CORRELATION: tl.constexpr):
         usable = usable & u_some
         scale = scale / tl.sqrt(u_var)
     value = (tl.load(p_moments + 4, mask=m, other=0.0) * share - g_mean * u_mean) * scale
-    active = usable & (value > 0.0)
-    return tl.where(active, value, 0.0), tl.where(active, scale * share, 0.0), share, u_var, g_mean, u_mean
+    active = usable & (value > -margin)
+    r = tl.where(active, value, 0.0)
+    c = tl.where(active, value + margin, 0.0)
+    return c, r, tl.where(active, scale * share, 0.0), share, u_var, g_mean, u_mean
 
 
 @triton.jit(do_not_specialize=["images"])
 def finalise_kernel(
     p_sums, p_table, p_loss, p_terms, p_coefficients, p_means,
     images,
-    w_ace, w_kl, w_dice, w_gradient, w_far, sign,
+    w_ace, w_kl, w_dice, w_gradient, w_far, sign, margin,
     K: tl.constexpr, ADAPTIVE: tl.constexpr, BACKGROUND: tl.constexpr, WEIGHTED: tl.constexpr,
     CORRELATION: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -73,11 +75,13 @@ def finalise_kernel(
         o_row = start + tl.arange(0, ROWS)  # [ROWS]
         m = o_row < images
         o_row = o_row.to(tl.int64)
-        value, factor, share, u_var, g_mean, u_mean = _covariance(p_moments + o_row * COLUMNS, m, sign, CORRELATION)
-        acc += value
-        c_u = tl.zeros_like(value)
+        c, r, factor, share, u_var, g_mean, u_mean = _covariance(
+            p_moments + o_row * COLUMNS, m, sign, margin, CORRELATION
+        )
+        acc += c
+        c_u = tl.zeros_like(r)
         if CORRELATION:
-            c_u -= w_gradient * value * share / (images * u_var)
+            c_u -= w_gradient * r * share / (images * u_var)
         p_row = p_coefficients + o_row * COEFFICIENTS + 2 + 2 * K
         tl.store(p_row, (w_gradient * factor / images).to(tl.float32), mask=m)
         tl.store(p_row + 1, c_u.to(tl.float32), mask=m)
@@ -91,13 +95,13 @@ def finalise_kernel(
     for i in range(0, images):
         p_row = p_coefficients + tl.cast(i, tl.int64) * COEFFICIENTS
         evidential.store_coefficients(p_row, c_ace, c_kl, c_tp, c_p, K, CLASSES)
-    c = tl.sum(acc) / images
-    loss = w_ace * ace + w_kl * kl + w_dice * dice + w_gradient * c + w_far * far
+    mean_c = tl.sum(acc) / images
+    loss = w_ace * ace + w_kl * kl + w_dice * dice + w_gradient * mean_c + w_far * far
     tl.store(p_loss, loss.to(tl.float32))
     tl.store(p_terms, ace.to(tl.float32))
     tl.store(p_terms + 1, kl.to(tl.float32))
     tl.store(p_terms + 2, dice.to(tl.float32))
-    tl.store(p_terms + 3, c.to(tl.float32))
+    tl.store(p_terms + 3, mean_c.to(tl.float32))
     tl.store(p_terms + 4, far.to(tl.float32))
 
 
@@ -123,7 +127,7 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights, supervision: Supe
         finalise_kernel[(1,)](
             sums, evidential.table(formula, device), *out, n,
             weights.ace, weights.kl, weights.dice, supervision.gradient_weight, supervision.far_weight,
-            1.0 if supervision.relation == "decreasing" else -1.0,
+            1.0 if supervision.relation == "decreasing" else -1.0, supervision.margin,
             CORRELATION=supervision.form == "correlation", **evidential.finalise_options(formula, weights),
         )  # fmt: skip
     return out

@@ -94,6 +94,7 @@ def supervised_finalise(
     far_weight: float,
     form: str,
     relation: str,
+    margin: float,
     ace_weight: float,
     kl_weight: float,
     dice_weight: float,
@@ -110,7 +111,7 @@ def supervised_finalise(
 
     formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
     weights = Weights(ace_weight, kl_weight, dice_weight, dice_form, include_background)
-    supervision = Supervision(gradient_weight, far_weight, form, relation)
+    supervision = Supervision(gradient_weight, far_weight, form, relation, margin)
     loss, terms, coefficients, means = kernel.finalise(sums, formula, weights, supervision)
     return loss, terms, coefficients, means
 

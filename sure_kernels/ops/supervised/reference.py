@@ -19,15 +19,22 @@ WITHIN_CLASS = "exact within class"
 
 
 def covariance_supervision(
-    u: Tensor, g: Tensor, selected: Tensor, *, relation: str = "decreasing", form: str = "covariance"
+    u: Tensor,
+    g: Tensor,
+    selected: Tensor,
+    *,
+    relation: str = "decreasing",
+    form: str = "covariance",
+    margin: float = 0.0,
 ) -> Tensor:
     """C of each image, (N,), of u and g (N, V) over `selected` voxels; g is detached.
 
-    0 where fewer than two voxels are selected or g (for `form="correlation"` also u) does not vary.
+    `margin` is added to what relu is taken of. 0 where fewer than two voxels are selected or g (for
+    `form="correlation"` also u) does not vary.
     """
     correlation = form == "correlation"
     points = ((u[i][on], g[i][on]) for i, on in enumerate(selected))
-    return torch.stack([covariance(x, y, relation=relation, correlation=correlation) for x, y in points])
+    return torch.stack([covariance(x, y, relation=relation, correlation=correlation, margin=margin) for x, y in points])
 
 
 def supervision_terms(
@@ -39,6 +46,7 @@ def supervision_terms(
     *,
     supervision: str,
     relation: str,
+    margin: float,
     process_group: object | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(C or L_gu, F) of uncertainty u, gradient magnitude g, band and labels, all (N, V), over `counted` voxels."""
@@ -47,7 +55,7 @@ def supervision_terms(
         groups = labels if supervision == WITHIN_CLASS else None
         c = pairwise_ranking(u, g, on, groups, relation=relation, method="exact", process_group=process_group)
     else:
-        per_image = covariance_supervision(u, g, on, relation=relation, form=supervision)
+        per_image = covariance_supervision(u, g, on, relation=relation, form=supervision, margin=margin)
         images = all_reduced(torch.tensor(float(len(u)), dtype=u.dtype, device=u.device), process_group)
         c = global_sum(per_image.sum(), process_group) / images
     far = (band == FAR) & counted
