@@ -56,18 +56,18 @@ class TrainConfig:
     dice: Literal["adaptive_tversky", "soft"] = "adaptive_tversky"
     annealing_steps: int | None = None
     """Epochs over which the KL weight rises from 0 to kl_weight; None: a fifth of all, as published."""
-    gradient_weight: float = 50.0
-    """beta: weight of the gradient supervision on the boundary. Ours: the published value is not known, and the
-    covariance form is of the size of the uncertainty's spread, about a hundredth of the segmentation loss."""
-    far_weight: float = 10.0
+    gradient_weight: float = 3.0
+    """beta: weight of the gradient supervision on the boundary. Ours, for the correlation; see docs/supervision.md. The
+    other forms are of the size of the uncertainty's spread and its square, and want about 50."""
+    far_weight: float = 20.0
     """Ours. Weight of the mean uncertainty far from every boundary."""
     good_model_step: int | None = None
     """Epoch from which uncertainty is supervised (its weight then rises from 0.01 to 1); None: 30 % of all, as
     published."""
-    ranking: Literal["covariance", "correlation", "exact"] = "covariance"
+    ranking: Literal["covariance", "correlation", "exact"] = "correlation"
     """Form of the gradient supervision: exact ranks all pairs of an image's boundary voxels."""
-    margin: float = 0.0
-    """For the correlation: how strong a relation is asked for, up to 1; 0 asks for its sign alone."""
+    margin: float | None = None
+    """For the correlation: how strong a relation is asked for, up to 1; 0 asks for its sign alone. None: 0.3."""
     within_class: bool = False
     """Compare voxels only within a class (PriUS); for the exact ranking."""
     soft: Literal["off", "acdc", "isic"] = "off"
@@ -132,6 +132,13 @@ class TrainConfig:
         return 0.2 * self.epochs if self.annealing_steps is None else self.annealing_steps
 
     @property
+    def correlation_margin(self) -> float:
+        """`margin`, or what it stands for: 0 for the other forms."""
+        if self.margin is None:
+            return 0.3 if self.ranking == "correlation" else 0.0
+        return self.margin
+
+    @property
     def supervised_from(self) -> float:
         """`good_model_step`, or what it stands for."""
         return 0.3 * self.epochs if self.good_model_step is None else self.good_model_step
@@ -167,7 +174,7 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
         yield f"good_model_step: expected less than epochs ({c.epochs}), got {c.good_model_step}"
     if c.within_class and c.ranking != "exact":
         yield f"within_class: expected ranking exact with it, got {c.ranking}"
-    if c.margin > 1 or (c.margin and c.ranking != "correlation"):
+    if c.margin is not None and (c.margin > 1 or c.ranking != "correlation"):
         yield f"margin: expected at most 1, and ranking correlation with it, got {c.margin:g} with {c.ranking}"
     if len(c.noise_weights) != 3:
         yield f"noise_weights: expected 3 numbers, got {c.noise_weights}"

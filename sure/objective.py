@@ -71,7 +71,7 @@ class Evidential(nn.Module):
             noise_weights=config.noise_weights,  # type: ignore[arg-type]  # three, as checked
             supervision=config.ranking,
             within_class=config.within_class,
-            margin=config.margin,
+            margin=config.correlation_margin,
             soft=SOFT[config.soft],
             ace_weight=config.ace_weight,
             kl_weight=config.kl_weight,

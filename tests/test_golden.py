@@ -228,6 +228,12 @@ def test_schedules(golden):
             assert got == 0
         else:
             assert math.isclose(got, float(data["au_unc"][epoch]), rel_tol=1e-6)
+            start, end = data["good_model_step"], data["T"]
+            assert min(int(40 * schedules.ramp(epoch, start, end) + 2), 40) == data["upper2d"][epoch]
+            assert int(50 * schedules.ramp(epoch, start, 0.9 * end)) == data["upper3d"][epoch]
+        # The Dice weight of the published programs fades by this with t0 = 0; PriUS's bounds on the noise are ramps.
+        fading = schedules.supervision_weight(epoch, 0, data["T"])
+        assert math.isclose(fading, float(data["au_edl"][epoch]), rel_tol=1e-6)
 
 
 def noise_maps(data, names, dtype):
@@ -393,6 +399,35 @@ def test_prius_3d_noise_losses(golden, way):
     for width in (32, 64):
         assert relative(loss, data[f"nud_loss{width}"]) < GOLDEN_FLOAT32
     assert gradient_error(gradient, data["nud_grad"]) < GOLDEN_FLOAT32
+
+
+@pytest.mark.parametrize("threshold", [0, 1])
+def test_prius_3d_gradient_loss(golden, threshold, monkeypatch):
+    """Classes apart and their means added up: over all pairs, and over the pairs that the program drew."""
+    data = golden("12_prius3d_losses_0")
+    g, d, labels = (data[name].unsqueeze(1) for name in ("g", "d", "labels"))
+    u = data["u0"].double().requires_grad_()
+    options = {"max_distance": threshold, "groups": labels, "compat": "official"}
+    loss = sk.gradient_uncertainty_loss(u, g.double(), d, **options)
+    (gradient,) = torch.autograd.grad(loss, u)
+    assert relative(loss, data[f"grad_t{threshold}_ref"]) < GOLDEN_FLOAT64
+    assert gradient_error(gradient[:, 0], data[f"grad_t{threshold}_ref_grad"]) < GOLDEN_GRADIENT
+    for k, expected in enumerate(data[f"grad_t{threshold}_ref_nc"][0]):
+        of_class = sk.gradient_uncertainty_loss(u, g.double(), d, max_distance=threshold, mask=labels == k)
+        assert relative(of_class, expected) < GOLDEN_FLOAT64
+
+    lengths = data[f"grad_t{threshold}_len"].tolist()
+    drawn = [data[f"grad_t{threshold}_{c}"].long().split(lengths) for c in "ij"]
+    given = iter([part for pair in zip(*drawn, strict=True) for part in pair])
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: next(given))
+    total = 0.0
+    for k, pairs in enumerate(lengths):
+        on = (labels == k) & (d <= threshold)
+        sets = u[on][None], g.double()[on][None]
+        total = total + sk.pairwise_ranking_loss(*sets, method="sampled", num_pairs=pairs, compat="official")
+    (gradient,) = torch.autograd.grad(total, u)
+    assert relative(total, data[f"grad_t{threshold}_loss"]) < GOLDEN_FLOAT32
+    assert gradient_error(gradient, data[f"grad_t{threshold}_grad"]) < GOLDEN_GRADIENT
 
 
 def test_published_noise_fields(golden):

@@ -24,7 +24,7 @@ from sure.errors import UserError
 from sure.files import atomic
 from sure.models import build_model
 from sure.objective import build_objective
-from sure.train import train
+from sure.train import _learning_rate, train
 
 TINY = TrainConfig(
     patch_size=(16,), channels=(4, 8), folds=3, epochs=4, batch_size=2, dropout=0.1, validate_every=2, lr=1e-2
@@ -416,6 +416,12 @@ def test_half_precision_training(phantoms, tmp_path):
     assert load_run(run, checkpoint="latest").epoch == 2
 
 
+def test_published_learning_rates(golden):
+    published = golden("14_schedules")["lr_prius"]
+    config = load_preset("prius-acdc")
+    assert [round(_learning_rate(config, epoch), 8) for epoch in range(config.epochs)] == published.tolist()
+
+
 class TestConfig:
     def test_round_trip(self, tmp_path):
         import yaml
@@ -428,6 +434,8 @@ class TestConfig:
         ("values", "message"),
         [
             ({"epoch": 3}, "unknown keys epoch"),
+            ({"margin": 1.5}, "margin: expected at most 1"),
+            ({"margin": 0.2, "ranking": "exact"}, "margin: expected .*ranking correlation with it, got 0.2 with exact"),
             ({"epochs": "many"}, "epochs: expected int, got 'many'"),
             ({"epochs": True}, "epochs: expected int"),
             ({"loss": "ce"}, "loss: expected one of sure, edl, dice_ce, got 'ce'"),
