@@ -140,6 +140,62 @@ def evaluate(
     print(out)
 
 
+def robustness(
+    run: tyro.conf.Positional[RunFolder],
+    data: tyro.conf.Positional[DataRoot],
+    /,
+    out: Path,
+    corruptions: tuple[str, ...] = (),
+    levels: tuple[float, ...] = (),
+    seed: int = 0,
+    cases: Literal["held-out", "all"] = "held-out",
+    checkpoint: Checkpoint = "final",
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Score a run on images that grow worse (noise, blur, MRI artefacts): robustness.json and robustness.csv.
+
+    Args:
+        run: run folder.
+        data: data set folder.
+        out: folder to write; an earlier sweep is replaced.
+        corruptions: gaussian_mean, gaussian_std, rician, blur, low_resolution, bias_field, contrast, ghosts, spikes,
+            gibbs; all of them by default.
+        levels: growing severities of one corruption, in place of its own.
+        seed: of what is random in the corruptions.
+        cases: held-out leaves out what the run was trained on.
+        checkpoint: which weights.
+        device: auto, cpu, cuda, cuda:1, ...
+        progress: show progress bars.
+    """
+    from sure.corruptions import CORRUPTIONS
+    from sure.robustness import robustness as sweep
+    from sure.train import choose_device
+
+    report = sweep(
+        run,
+        data,
+        out,
+        corruptions=corruptions or tuple(CORRUPTIONS),
+        levels=levels or None,
+        seed=seed,
+        cases=cases,
+        checkpoint=checkpoint,
+        device=choose_device(device),
+        progress=progress,
+    )
+    columns = ("dice", "ece", "ueo", "uncertainty_boundary", "detection")
+    print(f"{'':24s}" + "".join(f"{name:>22s}" for name in columns))
+    conditions = [("clean", report["clean"] | {"detection_auroc": None})]
+    for corruption in report["corruptions"]:
+        conditions += [(f"{corruption['name']} {level['level']:g}", level) for level in corruption["levels"]]
+    for name, condition in conditions:
+        means = [condition["summary"][key]["mean"] for key in columns[:-1]]
+        cells = ["-" if v is None else f"{v:.4f}" for v in (*means, condition["detection_auroc"])]
+        print(f"{name:24s}" + "".join(f"{cell:>22s}" for cell in cells))
+    print(out)
+
+
 def predict(
     run: tyro.conf.Positional[RunFolder],
     images: tyro.conf.Positional[tuple[Path, ...]],
@@ -198,6 +254,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "phantom": phantom,
     "train": _train_command(TrainConfig()),
     "evaluate": evaluate,
+    "robustness": robustness,
     "predict": predict,
     "report": report,
     "doctor": doctor,

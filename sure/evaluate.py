@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import datetime
-import io
-import json
 import math
-import platform
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import monai
 import numpy as np
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance
 from torch import Tensor
 from tqdm import tqdm
 
-import sure
-import sure_kernels as sk
 from sure.checkpoint import Run, load_run
+from sure.corruptions import CORRUPTIONS, seed_of
 from sure.data import IGNORE, Case, Dataset, EvaluationCase, check_dataset, discover, format_faults, load_case
 from sure.errors import UserError
 from sure.files import atomic_folder
-from sure.inference import Inference, as_batch, as_volume, infer
+from sure.inference import Inference, infer
 from sure.report import figures
-from sure_kernels import metrics
+from sure.results import check_replaceable, csv_table, describe_run, environment, plain, summarise, write_json
+from sure.scoring import CaseScorer, pooled
 
 KIND = "sure evaluation"
-BOUNDARY = 1.0
-"""Voxels at most this far from a boundary are on it."""
-FAR = 4.0
-"""Voxels farther than this from every boundary should be certain."""
+NOISE_MEANS = (0.1, 0.9)
+"""The published pair of noise levels: means of noise of standard deviation 0.3 on a normalised image."""
 
 
 def evaluate(
@@ -45,6 +35,7 @@ def evaluate(
     *,
     cases: Literal["held-out", "all"] = "held-out",
     checkpoint: str = "final",
+    seed: int = 0,
     pictures: int | Sequence[str] = 3,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -58,14 +49,15 @@ def evaluate(
         cases: "held-out" scores the run's held-out cases, by name; of a data set that has none of them (another
             one), all that the run was not trained on. "all" scores every case.
         checkpoint: which of the run's checkpoints: final, best or latest.
+        seed: of the noise that shows how uncertainty answers to it.
         pictures: names of the cases to draw, or how many: from the best to the worst Dice in equal steps.
         device: where the network runs.
         progress: show progress bars on stderr.
 
     Returns:
-        What metrics.json holds. Its metrics are means over voxels of a case, None where undefined; `summary`
-        gives their mean, sample standard deviation and number of cases where defined. Lengths are in mm,
-        distances to the boundary and gradients per voxel of the normalised image.
+        What metrics.json holds; docs/evaluation.md defines its metrics. They are None where undefined, and
+        `undefined` says why. `summary` gives mean, sample standard deviation, number of cases where defined, and
+        the 95 % interval of a bootstrap over cases.
 
     Raises:
         UserError: a faulty data set (every fault in one table), a data set unlike the training's, an `out`
@@ -73,58 +65,45 @@ def evaluate(
     """
     run = load_run(run_path, checkpoint=checkpoint, device=device)
     dataset = discover(data_root)
-    chosen, cases_from = _choose(run, dataset, cases)
+    chosen, cases_from = choose_cases(run, dataset, cases)
     names = [case.name for case in chosen]
     if isinstance(pictures, int) and pictures < 0:
         raise UserError(f"pictures: expected 0 or more, got {pictures}")
     unknown = [] if isinstance(pictures, int) else sorted(set(pictures) - set(names))
     if unknown:
         raise UserError(f"pictures: expected names of evaluated cases, got {', '.join(unknown)}")
-    _check(run, dataset, chosen, cases_from, progress)
-    _check_replaceable(out)
+    check_cases(run, dataset, chosen, cases_from, progress)
+    check_replaceable(out, "metrics.json", KIND, ("metrics.csv", "pictures"))
 
-    rows, cuts, points = [], {}, []
-    curve, ece = metrics.ReliabilityCurve(), metrics.ExpectedCalibrationError()
+    rows, cuts, scores, undefined = [], {}, [], {}
     for case in tqdm(chosen, desc="evaluating", unit="case", disable=not progress):
         loaded = load_case(case, ignore_label=dataset.ignore_label)
-        result = infer(run, loaded.image[None])
-        row, on_boundary = score(run, loaded, result)
-        rows.append({"name": case.name, **row})
-        points.append(on_boundary)
-        assert loaded.label is not None
-        for state in (curve, ece):
-            state.update(result.probability[None], loaded.label.long(), ignore_index=IGNORE)
+        scorer, result = CaseScorer(run, loaded), infer(run, loaded.image[None])
+        scored = scorer.score(loaded.image, result)
+        scores.append(scored)
+        answer, reasons = noise_response(run, scorer, loaded, result.uncertainty, seed)
+        rows.append({"name": case.name, **scored.values, **answer})
+        undefined[case.name] = scored.undefined | reasons
         cuts[case.name] = _planes(loaded, result)
 
-    keys = [key for key in rows[0] if key != "name"]
-    summary = {key: _summary([row[key] for row in rows]) for key in keys}
+    summary = summarise(rows)
     drawn = _pick(rows, pictures) if isinstance(pictures, int) else list(pictures)
-    reliability = curve.compute()
+    together, pooled_values = pooled([s.histograms for s in scores], run.class_names)
     report = {
         "kind": KIND,
         "run": str(run_path),
-        "checkpoint": run.checkpoint,
-        "epoch": run.epoch,
-        "loss": run.config.loss,
-        "model": run.config.model,
-        "spatial_dims": run.config.spatial_dims,
-        "class_names": list(run.class_names),
+        **describe_run(run),
         "dataset": str(data_root),
         "layout": dataset.layout,
         "cases_from": cases_from,
-        "cases_missing": sorted(set(run.held_out) - set(names)) if cases_from == "held-out" else [],
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": str(device),
-        "versions": {
-            "sure": sure.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "monai": monai.__version__,
-            "numpy": np.__version__,
-        },
+        "cases_missing": missing_cases(run, chosen, cases_from),
+        "seed": seed,
+        **environment(device),
         "cases": rows,
+        "undefined": undefined,
         "summary": summary,
-        "reliability": {name: t.tolist() for name, t in reliability._asdict().items()},
+        "pooled": pooled_values,
+        "reliability": {name: t.tolist() for name, t in together.reliability._asdict().items()},
         "pictures": {
             "overlays": {name: f"pictures/case_{name}.png" for name in drawn},
             "planes": {name: f"pictures/case_{name}.npz" for name in drawn},
@@ -133,8 +112,8 @@ def evaluate(
             "boundary": "pictures/gradient.npz",
         },
     }
-    report = _plain(report)
-    gradient, uncertainty = (np.concatenate(values) for values in zip(*points, strict=True))
+    report = plain(report)
+    gradient, uncertainty = (torch.cat(parts).numpy() for parts in zip(*(s.boundary for s in scores), strict=True))
     boundary = figures.BoundaryPoints(gradient, uncertainty, summary["ucc_g"]["mean"]).thinned()
     with atomic_folder(out) as folder:
         (folder / "pictures").mkdir()
@@ -142,82 +121,36 @@ def evaluate(
             figures.save_planes(folder / report["pictures"]["planes"][name], cuts[name])
             picture = figures.overlay({"": cuts[name]}, run.class_names)
             (folder / report["pictures"]["overlays"][name]).write_bytes(figures.png(picture))
-        diagram = figures.reliability({"": (reliability, float(ece.compute()))})
+        diagram = figures.reliability({"": (together.reliability, pooled_values["ece"])})
         (folder / "pictures/reliability.png").write_bytes(figures.png(diagram))
         plot = figures.gradient_plots({"": boundary})
         (folder / "pictures/gradient.png").write_bytes(figures.png(plot))
         np.savez_compressed(
             folder / "pictures/gradient.npz", gradient=boundary.gradient, uncertainty=boundary.uncertainty
         )
-        (folder / "metrics.csv").write_text(_csv(report["cases"]), encoding="utf-8")
-        text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "metrics.csv").write_text(csv_table(report["cases"]), encoding="utf-8")
+        write_json(folder / "metrics.json", report)
     return report
 
 
-def score(run: Run, case: EvaluationCase, result: Inference) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray]]:
-    """All metrics of one case, NaN where undefined, and its boundary voxels' (gradient, uncertainty).
+def noise_response(
+    run: Run, scorer: CaseScorer, case: EvaluationCase, clean: Tensor, seed: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """UCC_d, UR_d and the response to the published pair of noise levels, one noise field at two means.
 
-    Metrics of one class are called "dice/CLASS". Ignored voxels count as background in Dice and HD95, and
-    nowhere else. A 2D run is scored with the boundaries and gradients of the slices that it sees.
+    The distance is set against the rise from the clean image to the weaker noise, the share counts voxels whose
+    uncertainty rises from the weaker to the stronger.
+
+    Args:
+        clean: uncertainty (1, *spatial) of the case as it is.
+        seed: of the noise, drawn for each case.
     """
-    assert case.label is not None
-    truth, valid = case.label.long(), case.label != IGNORE  # (1, *spatial)
-    label = torch.where(valid, result.label[None].long(), 0)
-    truth = torch.where(valid, truth, 0)
-    wrong, uncertainty = (label != truth) & valid, result.uncertainty[None]
-    probability = result.probability[None]
-
-    dims = case.image.ndim - 1
-    batch = as_batch(case.image[None], run.config.spatial_dims)
-    slices = as_batch(case.label[None].long(), run.config.spatial_dims)[:, 0]
-    distance = sk.boundary_distance(slices, max_distance=FAR, ignore_index=IGNORE)
-    distance, gradient = (as_volume(t, dims)[None] for t in (distance, sk.gradient_magnitude(batch)))
-    boundary = (distance <= BOUNDARY) & valid[None]
-    far = (distance > FAR) & valid[None]
-
-    row: dict[str, float] = {}
-    names = run.class_names
-    foreground = {"dice": _dice(label, truth, len(names)), "hd95": _hd95(label, truth, len(names), case)}
-    for key, values in foreground.items():
-        row[key] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-        row |= {f"{key}/{name}": float(v) for name, v in zip(names[1:], values, strict=True)}
-    row["error_rate"] = float(wrong.sum() / valid.sum()) if valid.any() else math.nan
-    row["ece"] = float(metrics.expected_calibration_error(probability, truth, mask=valid))
-    per_class = metrics.expected_calibration_error(probability, truth, mask=valid, per_class=True)[0]
-    row |= {f"ece/{name}": float(v) for name, v in zip(names, per_class, strict=True)}
-    row["brier"] = float(metrics.brier_score(probability, truth, mask=valid))
-    row["ueo"] = float(metrics.uncertainty_error_overlap(uncertainty, wrong, mask=valid))
-    row["ucc_g"] = float(metrics.uncertainty_correlation(uncertainty, gradient, mask=boundary))
-    row["ur_g"] = float(metrics.uncertainty_ratio(uncertainty, gradient, mask=boundary))
-    row["uncertainty_boundary"] = float(uncertainty[boundary].double().mean())
-    row["uncertainty_far"] = float(uncertainty[far].double().mean())
-    return row, (gradient[boundary].numpy(), uncertainty[boundary].numpy())
+    corrupt, field = CORRUPTIONS["gaussian_mean"], seed_of(seed, case.name, "gaussian_mean")
+    noised = [infer(run, corrupt(case.image, mean, field)[None]).uncertainty for mean in NOISE_MEANS]
+    return scorer.response([clean, *noised], (0.0, *NOISE_MEANS), noised=1)
 
 
-def _dice(label: Tensor, truth: Tensor, num_classes: int) -> np.ndarray:
-    """Dice of each foreground class; NaN where neither has it."""
-    mine, theirs = (torch.stack([m == k for k in range(1, num_classes)], 1) for m in (label, truth))
-    dice = compute_dice(mine, theirs, ignore_empty=False)[0].numpy()
-    empty = ~(mine | theirs).flatten(2).any(2)[0].numpy()
-    return np.where(empty, np.nan, dice)
-
-
-def _hd95(label: Tensor, truth: Tensor, num_classes: int, case: EvaluationCase) -> np.ndarray:
-    """HD95 in mm of each foreground class; NaN where prediction or truth lacks it."""
-    values = np.full(num_classes - 1, np.nan)
-    for k in range(1, num_classes):
-        mine, theirs = (label == k)[None], (truth == k)[None]
-        if mine.any() and theirs.any():
-            with warnings.catch_warnings():  # MONAI warns about an argument of its own
-                warnings.simplefilter("ignore", FutureWarning)
-                values[k - 1] = compute_hausdorff_distance(
-                    mine, theirs, include_background=True, percentile=95, spacing=case.spacing
-                )
-    return values
-
-
-def _choose(run: Run, dataset: Dataset, cases: str) -> tuple[list[Case], str]:
+def choose_cases(run: Run, dataset: Dataset, cases: str) -> tuple[list[Case], str]:
     if cases == "all":
         return list(dataset.cases), "all"
     if cases != "held-out":
@@ -233,7 +166,12 @@ def _choose(run: Run, dataset: Dataset, cases: str) -> tuple[list[Case], str]:
     return unseen, "all that the run was not trained on"
 
 
-def _check(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str, progress: bool) -> None:
+def missing_cases(run: Run, chosen: Sequence[Case], cases_from: str) -> list[str]:
+    """Held-out cases that the data set lacks."""
+    return sorted(set(run.held_out) - {case.name for case in chosen}) if cases_from == "held-out" else []
+
+
+def check_cases(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str, progress: bool) -> None:
     """Every fault of the chosen cases, and of those that should have been among them."""
     expected = set(run.held_out) if cases_from == "held-out" else None
     problems = tuple(f for f in dataset.problems if expected is None or f.case in expected)
@@ -264,47 +202,3 @@ def _pick(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:
     order = sorted(rows, key=lambda row: (math.isnan(row["dice"]), -row["dice"], row["name"]))
     steps = np.rint(np.linspace(0, len(order) - 1, min(count, len(order)))).astype(int)
     return [order[i]["name"] for i in steps]
-
-
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    defined = [v for v in values if not math.isnan(v)]
-    return {
-        "mean": float(np.mean(defined)) if defined else math.nan,
-        "std": float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan,
-        "n": len(defined),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """What strict JSON holds: numbers that are not finite become None."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per case; undefined values are left empty."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def _check_replaceable(out: Path) -> None:
-    """UserError unless `out` is absent, empty or an earlier evaluation and nothing else."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"{out}: expected a folder, found a file")
-    present = {path.name for path in out.iterdir()}
-    if not present:
-        return
-    try:
-        earlier = json.loads((out / "metrics.json").read_text(encoding="utf-8")).get("kind") == KIND
-    except (OSError, ValueError, AttributeError):
-        earlier = False
-    if not earlier or present - {"metrics.json", "metrics.csv", "pictures"}:
-        raise UserError(f"{out}: holds something else than an earlier evaluation; choose another folder")

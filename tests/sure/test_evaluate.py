@@ -17,8 +17,9 @@ from tiny_run import AFFINE, CLASSES, SHAPE, make_run, write_case, write_data
 import sure.evaluate
 from sure.data import IGNORE, Case, load_case
 from sure.errors import UserError
-from sure.evaluate import evaluate, score
+from sure.evaluate import evaluate
 from sure.inference import infer
+from sure.scoring import CaseScorer
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def scored(data, run):
     """One case, what the run says about it, and its scores."""
     case = load_case(Case("a", (data / "images/case_0.nii.gz",), data / "labels/case_0.nii.gz"))
     result = infer(run, case.image[None])
-    row, points = score(run, case, result)
-    return case, result, row, points
+    scored = CaseScorer(run, case).score(case.image, result)
+    return case, result, scored.values, tuple(t.numpy() for t in scored.boundary)
 
 
 def surface_distances(a: np.ndarray, b: np.ndarray, spacing) -> np.ndarray:
@@ -89,7 +90,7 @@ def test_ignored_voxels_count_nowhere(data, run):
     case = load_case(Case("a", (data / "images/case_0.nii.gz",), data / "labels/case_0.nii.gz"))
     result = infer(run, case.image[None])
     case.label[:, :, :, 6:] = IGNORE
-    row, (gradient, _) = score(run, case, result)
+    row, _, _, (gradient, _) = CaseScorer(run, case).score(case.image, result)
     truth, label = case.label[0, :, :, :6].numpy(), result.label[:, :, :6].numpy()
     assert row["error_rate"] == pytest.approx((truth != label).mean(), abs=1e-6)
     assert row["dice/core"] == pytest.approx(f1_score(truth.ravel() == 2, label.ravel() == 2), abs=1e-6)
@@ -100,9 +101,15 @@ def test_undefined_is_nan(data, run):
     case = load_case(Case("a", (data / "images/case_0.nii.gz",), data / "labels/case_0.nii.gz"))
     result = infer(run, case.image[None])
     case.label.zero_()
-    row, (gradient, _) = score(run, case, result._replace(label=torch.zeros_like(result.label)))
-    for key in ("dice", "hd95", "dice/core", "ueo", "ucc_g", "ur_g", "uncertainty_boundary"):
+    certain = torch.zeros_like(result.probability)
+    certain[0] = 1
+    nothing = result._replace(label=torch.zeros_like(result.label), probability=certain)
+    row, undefined, _, (gradient, _) = CaseScorer(run, case).score(case.image, nothing)
+    for key in ("dice", "hd95", "assd", "dice/core", "ueo", "auroc", "ucc_g", "ur_g", "uncertainty_boundary"):
         assert math.isnan(row[key]), key
+    assert undefined.keys() == {key for key, value in row.items() if math.isnan(value)}
+    assert undefined["dice/core"] == "neither prediction nor truth has the class"
+    assert undefined["ueo"] == "nothing that counts is wrong"
     assert row["error_rate"] == 0
     assert len(gradient) == 0
 
@@ -132,7 +139,10 @@ def test_files(evaluated):
         "mean": pytest.approx(np.mean(dice)),
         "std": pytest.approx(np.std(dice, ddof=1)),
         "n": 2,
+        "ci": stored["summary"]["dice"]["ci"],
     }
+    low, high = stored["summary"]["dice"]["ci"]  # two cases: the interval of their mean spans both
+    assert (low, high) == (pytest.approx(min(dice)), pytest.approx(max(dice)))
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["case_0", "case_2"]

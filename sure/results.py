@@ -1,0 +1,116 @@
+"""What the commands that score runs share: summaries over cases, strict JSON, tables, and their output folders."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import monai
+import numpy as np
+import torch
+
+import sure
+from sure.checkpoint import Run
+from sure.errors import UserError
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Of every metric over the cases where it is defined: mean, sample standard deviation, number, and interval.
+
+    `ci` is the percentile bootstrap's 95 % interval of the mean, over RESAMPLES samples of cases drawn from `seed`;
+    undefined, as the deviation, for fewer than two cases.
+    """
+    summary = {}
+    for key in (key for key in rows[0] if key != "name"):
+        defined = np.array([row[key] for row in rows if row[key] is not None and not math.isnan(row[key])])
+        mean, std, interval = math.nan, math.nan, (math.nan, math.nan)
+        if len(defined):
+            mean = float(defined.mean())
+        if len(defined) > 1:
+            std = float(defined.std(ddof=1))
+            # Drawn anew for each metric: the same cases give the same samples, whatever else is reported
+            chosen = np.random.default_rng(seed).integers(len(defined), size=(RESAMPLES, len(defined)))
+            tail = (1 - CONFIDENCE) / 2
+            low, high = np.quantile(defined[chosen].mean(1), (tail, 1 - tail))
+            interval = float(low), float(high)
+        summary[key] = {"mean": mean, "std": std, "n": len(defined), "ci": list(interval)}
+    return summary
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """What was scored."""
+    return {
+        "checkpoint": run.checkpoint,
+        "epoch": run.epoch,
+        "loss": run.config.loss,
+        "model": run.config.model,
+        "spatial_dims": run.config.spatial_dims,
+        "class_names": list(run.class_names),
+    }
+
+
+def environment(device: str | torch.device) -> dict[str, Any]:
+    """When, where and with what."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": str(device),
+        "versions": {
+            "sure": sure.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def plain(value: Any) -> Any:
+    """What strict JSON holds: numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """`report`, which `plain` has made strict, to `path`."""
+    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each row; undefined values are left empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def check_replaceable(out: Path, main: str, kind: str, others: Sequence[str]) -> None:
+    """UserError unless `out` is absent, empty, or holds an earlier result (`main` of `kind`) and nothing else."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: expected a folder, found a file")
+    present = {path.name for path in out.iterdir()}
+    if not present:
+        return
+    try:
+        earlier = json.loads((out / main).read_text(encoding="utf-8")).get("kind") == kind
+    except (OSError, ValueError, AttributeError):
+        earlier = False
+    if not earlier or present - {main, *others}:
+        what = kind.removeprefix("sure ")
+        raise UserError(f"{out}: holds something else than an earlier {what}; choose another folder")
