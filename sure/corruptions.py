@@ -143,7 +143,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         "Low resolution", "voxel size", "voxels of the image", (1.5, 2.0, 2.5, 3.0, 4.0), 1.0, _low_resolution,
     ),
     "bias_field": Corruption(
-        "Bias field", "largest coefficient", "of the field's logarithm", (0.1, 0.2, 0.3, 0.4, 0.5), 0.0, _bias_field,
+        "Bias field", "largest coefficient", "of the field's logarithm", (0.05, 0.1, 0.2, 0.3, 0.5), 0.0, _bias_field,
     ),
     "contrast": Corruption("Contrast", "gamma", "exponent", (1.25, 1.5, 2.0, 3.0, 4.0), 1.0, _contrast),
     "ghosts": Corruption(
@@ -152,7 +152,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     ),
     "spikes": Corruption("Spike in k-space", "amplitude", SD, (0.25, 0.5, 1.0, 1.5, 2.0), 0.0, _spikes),
     "gibbs": Corruption(
-        "Gibbs ringing", "share cut off", "radius of k-space", (0.3, 0.4, 0.5, 0.6, 0.7), 0.0, _gibbs, limit=1.0,
+        "Gibbs ringing", "share cut off", "radius of k-space", (0.4, 0.5, 0.6, 0.7, 0.8), 0.0, _gibbs, limit=1.0,
     ),
 }  # fmt: skip
 """By name; levels from mild to strong."""

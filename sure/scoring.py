@@ -148,7 +148,9 @@ class CaseScorer:
             mine, theirs = label[0] == k, self.truth[0] == k
             there = bool(mine.any()), bool(theirs.any())
             if any(there):
-                found["dice"].append((float(compute_dice(mine[None, None], theirs[None, None])), ""))
+                found["dice"].append(
+                    (float(compute_dice(mine[None, None], theirs[None, None], ignore_empty=False)), "")
+                )
             else:
                 found["dice"].append((math.nan, "neither prediction nor truth has the class"))
             if all(there):
