@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,15 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path}: expected a checkpoint with the key 'model', found {type(state).__name__}")
     return state
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a network's weights and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_experiment(run: Path, config: TrainConfig, experiment: Experiment) -> None:

@@ -105,6 +105,7 @@ def evaluate(
     out: Path,
     cases: Literal["held-out", "all"] = "held-out",
     checkpoint: Checkpoint = "final",
+    seed: int = 0,
     pictures: int = 3,
     device: str = "auto",
     progress: bool = True,
@@ -117,6 +118,7 @@ def evaluate(
         out: folder to write; an earlier evaluation is replaced.
         cases: held-out leaves out what the run was trained on.
         checkpoint: which weights.
+        seed: of the noise that shows how uncertainty answers to it.
         pictures: number of cases to draw, from the best to the worst.
         device: auto, cpu, cuda, cuda:1, ...
         progress: show progress bars.
@@ -130,6 +132,7 @@ def evaluate(
         out,
         cases=cases,
         checkpoint=checkpoint,
+        seed=seed,
         pictures=pictures,
         device=choose_device(device),
         progress=progress,
@@ -196,12 +199,48 @@ def robustness(
     print(out)
 
 
+def calibrate(
+    run: tyro.conf.Positional[RunFolder],
+    data: tyro.conf.Positional[DataRoot],
+    /,
+    out: Path | None = None,
+    alpha: float = 0.1,
+    checkpoint: Checkpoint = "final",
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Find the uncertainty above which a run should abstain, for a wanted error among the other voxels.
+
+    Args:
+        run: run folder.
+        data: data set folder; the cases that the run held out are used.
+        out: file to write, by default calibration.json in the run folder.
+        alpha: largest expected share of wrong voxels among those of a case that are answered.
+        checkpoint: which weights.
+        device: auto, cpu, cuda, cuda:1, ...
+        progress: show progress bars.
+    """
+    from sure.calibrate import calibrate as fit
+    from sure.train import choose_device
+
+    report = fit(run, data, out, alpha=alpha, checkpoint=checkpoint, device=choose_device(device), progress=progress)
+    columns = ("threshold", "cases", "error_of_all", "error", "coverage", "bound")
+    print(f"{'':16s}" + "".join(f"{name:>14s}" for name in columns))
+    for name, values in {"overall": report["overall"], **report["classes"]}.items():
+        cells = ["-" if values[key] is None else f"{values[key]:.4g}" for key in columns]
+        print(f"{name:16s}" + "".join(f"{cell:>14s}" for cell in cells))
+    print(run / "calibration.json" if out is None else out)
+
+
 def predict(
     run: tyro.conf.Positional[RunFolder],
     images: tyro.conf.Positional[tuple[Path, ...]],
     /,
     out: Path,
     checkpoint: Checkpoint = "final",
+    calibration: Path | None = None,
+    abstain: Literal["overall", "class"] = "overall",
+    quantise_uncertainty: Literal["off", "uint8", "uint16"] = "off",
     device: str = "auto",
     progress: bool = True,
 ) -> None:
@@ -212,6 +251,9 @@ def predict(
         images: NIfTI files, folders of them, or data set folders.
         out: folder for the results.
         checkpoint: which weights.
+        calibration: file of `sure calibrate`; CASE_abstain.nii.gz is then 1 where the run abstains.
+        abstain: by one threshold for all voxels, or by those of the predicted classes.
+        quantise_uncertainty: store uncertainty in one byte or two instead of four.
         device: auto, cpu, cuda, cuda:1, ...
         progress: show progress bars.
     """
@@ -220,7 +262,18 @@ def predict(
 
     if not images:
         raise UserError("images: expected at least one file or folder")
-    for path in run_on(run, images, out, checkpoint=checkpoint, device=choose_device(device), progress=progress):
+    written = run_on(
+        run,
+        images,
+        out,
+        checkpoint=checkpoint,
+        calibration=calibration,
+        abstain=abstain,
+        quantise_uncertainty=quantise_uncertainty,
+        device=choose_device(device),
+        progress=progress,
+    )
+    for path in written:
         print(path)
 
 
@@ -255,6 +308,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": _train_command(TrainConfig()),
     "evaluate": evaluate,
     "robustness": robustness,
+    "calibrate": calibrate,
     "predict": predict,
     "report": report,
     "doctor": doctor,

@@ -6,13 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import nibabel as nib
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from sure.calibrate import Scope, load_calibration
 from sure.checkpoint import Run, load_run
 from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faults, load_case, save_nifti
 from sure.data.layouts import MISSING_LABEL
@@ -20,6 +21,8 @@ from sure.data.nifti import SUFFIXES, is_nifti, stem
 from sure.errors import UserError
 from sure.inference import infer
 
+QUANTISED = {"uint8": 1 / 255, "uint16": 1 / 65535}
+"""Types that uncertainty can be stored in, and their steps: all of them reach 1."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
@@ -29,12 +32,16 @@ def predict(
     out: Path,
     *,
     checkpoint: str = "final",
+    calibration: Path | None = None,
+    abstain: Scope = "overall",
+    quantise_uncertainty: Literal["off", "uint8", "uint16"] = "off",
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> list[Path]:
     """Write CASE_seg.nii.gz (uint8 labels) and CASE_unc.nii.gz (float32 uncertainty in [0, 1]) of every case.
 
-    Both carry affine, qform, sform, spacing and shape of the image. Every input is read and checked before
+    With a calibration also CASE_abstain.nii.gz (uint8), 1 where the run abstains; the labels stay as they are. All
+    carry affine, qform, sform, spacing and shape of the image. Every input is read and checked before
     the first result is written; each file appears whole or not at all, replacing one of the same name.
 
     Args:
@@ -43,6 +50,10 @@ def predict(
             of one case are named CASE_0000, CASE_0001, ... or lie in one 4D file.
         out: folder for the results, made if missing.
         checkpoint: which of the run's checkpoints: final, best or latest.
+        calibration: file of `sure calibrate` for this run.
+        abstain: by its threshold for all voxels, or by those of the predicted classes.
+        quantise_uncertainty: store CASE_unc.nii.gz as multiples of 1/255 or 1/65535, with scl_slope, so that readers
+            get values off by half of that at most.
         device: where the network runs.
         progress: show progress bars on stderr.
 
@@ -54,9 +65,14 @@ def predict(
             in one table; two inputs for one output; an output that would replace an input. Then nothing is
             written.
     """
+    if quantise_uncertainty not in ("off", *QUANTISED):
+        expected = ", ".join(("off", *QUANTISED))
+        raise UserError(f"quantise_uncertainty: expected one of {expected}, got {quantise_uncertainty!r}")
     run = load_run(run_path, checkpoint=checkpoint, device=device)
+    abstention = None if calibration is None else load_calibration(calibration, run, abstain)
+    results = ("seg", "unc") if abstention is None else ("seg", "unc", "abstain")
     cases = collect_cases(images, run.in_channels)
-    faults = [*_check_images(cases, run, progress), *_check_outputs(cases, out)]
+    faults = [*_check_images(cases, run, progress), *_check_outputs(cases, out, results)]
     if faults:
         raise UserError(f"{len(faults)} of the inputs cannot be used:\n{format_faults(faults)}")
     if out.exists() and not out.is_dir():
@@ -66,10 +82,13 @@ def predict(
     for case in tqdm(cases, desc="predicting", unit="case", disable=not progress):
         loaded = load_case(case)
         result = infer(run, loaded.image[None])
-        for path, array, dtype in zip(
-            _outputs(case, out), (result.label, result.uncertainty[0]), (np.uint8, np.float32), strict=True
-        ):
-            save_nifti(array.numpy(), loaded.header, path, dtype)
+        scale = QUANTISED.get(quantise_uncertainty)
+        stored = np.dtype(np.float32 if scale is None else quantise_uncertainty)
+        kinds = [(result.label, np.dtype(np.uint8), None), (result.uncertainty[0], stored, scale)]
+        if abstention is not None:
+            kinds.append((abstention.mask(result), np.dtype(np.uint8), None))
+        for path, (array, dtype, step) in zip(_outputs(case, out, results), kinds, strict=True):
+            save_nifti(array.numpy(), loaded.header, path, dtype, scale=step)
             written.append(path)
     return written
 
@@ -139,7 +158,7 @@ def _check_images(cases: Sequence[Case], run: Run, progress: bool) -> list[Fault
     return faults
 
 
-def _check_outputs(cases: Sequence[Case], out: Path) -> list[Fault]:
+def _check_outputs(cases: Sequence[Case], out: Path, results: Sequence[str]) -> list[Fault]:
     """Two cases for one name, and results that would replace an input."""
     first: dict[str, Case] = {}
     inputs = {path.resolve() for case in cases for path in case.images}
@@ -150,11 +169,11 @@ def _check_outputs(cases: Sequence[Case], out: Path) -> list[Fault]:
             faults.append(Fault(case.name, case.images[0], f"would write the same files as {other.images[0]}"))
         faults += [
             Fault(case.name, path, "the result would replace an input")
-            for path in _outputs(case, out)
+            for path in _outputs(case, out, results)
             if path.resolve() in inputs
         ]
     return faults
 
 
-def _outputs(case: Case, out: Path) -> tuple[Path, Path]:
-    return out / f"{case.name}_seg.nii.gz", out / f"{case.name}_unc.nii.gz"
+def _outputs(case: Case, out: Path, results: Sequence[str]) -> list[Path]:
+    return [out / f"{case.name}_{name}.nii.gz" for name in results]

@@ -76,7 +76,14 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], nib.Nifti
         raise UnreadableError(path, f"cannot be read as NIfTI ({_one_line(error)})") from error
 
 
-def save_nifti(array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path: Path, dtype: DTypeLike) -> None:
+def save_nifti(
+    array: ArrayLike,
+    like: Path | nib.Nifti1Header | ArrayLike,
+    path: Path,
+    dtype: DTypeLike,
+    *,
+    scale: float | None = None,
+) -> None:
     """Write `array` `(*spatial)` on the grid of `like`, atomically.
 
     Args:
@@ -84,17 +91,23 @@ def save_nifti(array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path
         like: NIfTI file or header whose affine, qform, sform (with their codes), spacing and units are kept,
             or a 4x4 affine in mm.
         path: target, `.nii` or `.nii.gz`; its folder must exist.
-        dtype: stored type, without scaling.
+        dtype: stored type.
+        scale: for an integer `dtype`: values are stored as the nearest multiple of it, which readers restore from
+            scl_slope, so that they are off by half of it at most. By default nothing is scaled.
 
     Raises ValueError where shapes or values do not fit, UnreadableError for a bad reference file.
     """
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"path: expected a name ending in .nii or .nii.gz, got {path.name}")
     values, dtype = np.asarray(array), np.dtype(dtype)
+    if scale is not None:
+        scale = float(np.float32(scale))  # as the header holds it
+        values = np.rint(values.astype(np.float64) / scale)
     with np.errstate(invalid="ignore"):
         stored = values.astype(dtype)
     if dtype.kind in "iu" and not np.array_equal(stored, values):
-        raise ValueError(f"array: expected whole numbers that fit {dtype}")
+        what = "whole numbers that fit" if scale is None else f"numbers whose multiples of {scale:g} fit"
+        raise ValueError(f"array: expected {what} {dtype}")
     header = _reference_header(like, values.shape)
     if header.get_data_shape() == (*values.shape, 1):
         stored = stored[..., None]
@@ -110,6 +123,8 @@ def save_nifti(array: ArrayLike, like: Path | nib.Nifti1Header | ArrayLike, path
     header.set_intent("none")
     # The same best affine as in the header: nibabel then leaves qform and sform as they are.
     image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(stored, best, header)
+    if scale is not None:
+        image.header.set_slope_inter(scale, 0)
     raw = image.to_bytes()
     with atomic(path) as temporary:
         # No time stamp and no file name inside: the same values give the same bytes.
