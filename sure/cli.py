@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sure.config import TrainConfig, load_config, load_preset
-from sure.errors import UserError
+from sure.errors import SharedError, UserError
 
 # Heavy imports wait until a command needs them: `sure --help` answers at once.
 
@@ -64,6 +64,7 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
         skip_bad: bool = False,
         device: str = "auto",
         workers: int = 0,
+        fsdp: bool = False,
         progress: bool = True,
         settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults,
     ) -> None:
@@ -78,6 +79,7 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
             skip_bad: train on the cases without faults instead of refusing the data set.
             device: auto, cpu, cuda, cuda:1, ...
             workers: processes that prepare patches.
+            fsdp: under torchrun, each process keeps a share of the weights, not all of them.
             progress: show progress bars.
             settings: what decides the weights.
         """
@@ -91,9 +93,11 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
             skip_bad=skip_bad,
             device=device,
             workers=workers,
+            fsdp=fsdp,
             progress=progress,
         )
-        print(folder)
+        if _rank() == 0:
+            print(folder)
 
     return train
 
@@ -321,7 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(_dispatch(args) or 0)
     except UserError as error:
-        print(f"sure: {error}", file=sys.stderr)
+        if _rank() == 0 or not isinstance(error, SharedError):
+            print(f"sure: {f'process {_rank()}: ' if _rank() else ''}{error}", file=sys.stderr, flush=True)
         return 2
     except BrokenPipeError:
         # The reader (head, less) has gone: nothing is left to say, nor a place to say it.
@@ -340,8 +345,20 @@ def _dispatch(args: list[str]) -> Any:
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         return _usage(args)
     name, rest = args[0], args[1:]
+    if name != "train" and _several():
+        raise SharedError(f"`sure {name}` runs in one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} (torchrun?)")
     command = _train_command(_settings(rest)) if name == "train" else COMMANDS[name]
     return tyro.cli(command, prog=f"sure {name}", args=rest)
+
+
+def _several() -> bool:
+    """Whether torchrun has started more processes than this one."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def _rank() -> int:
+    """Of this process among those of torchrun."""
+    return int(os.environ.get("RANK", "0")) if _several() else 0
 
 
 def _usage(args: list[str]) -> int:

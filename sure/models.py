@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from monai.networks.blocks import Convolution, ResidualUnit, UnetBasicBlock, UnetResBlock
+from monai.networks.blocks.segresnet_block import ResBlock
 from monai.networks.nets import AttentionUnet, DynUNet, SegResNet, UNet
 from torch import nn
 
@@ -50,3 +52,14 @@ def build_model(config: TrainConfig, in_channels: int, num_classes: int) -> nn.M
         dropout=config.dropout or None,
         norm_name=norm,
     )
+
+
+BLOCKS = (Convolution, ResidualUnit, UnetBasicBlock, UnetResBlock, ResBlock)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The convolutional blocks of a network, the outermost of each."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += [child] if isinstance(child, BLOCKS) else blocks(child)
+    return found

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 import sure_kernels as sk
 from sure.config import TrainConfig
 from sure.data import IGNORE
 from sure_kernels import schedules
+from sure_kernels.kernel_lib.distributed import global_sum
 
 Network = Callable[[Tensor], Tensor]
 
@@ -25,38 +26,58 @@ SOFT = {
     "acdc": sk.SoftThresholds(),
     "isic": sk.SoftThresholds(d_g=5.0, d_f=24.0, d_n=8.0, d_eps=0.0),
 }
+DICE_SMOOTH = 1e-5  # MONAI's
 # Share of the epochs after which whole images get their full noise (PriUS).
 FULL_NOISE = 0.9
 
 
 class DiceCE(nn.Module):
-    """Cross-entropy and MONAI's batch Dice over counted voxels: the loss to compare with."""
+    """Cross-entropy and the Dice of MONAI's `DiceLoss(batch=True)` over counted voxels: the loss to compare with.
 
-    def __init__(self) -> None:
+    MONAI's own sums end at the process; these run over the ranks of `process_group`.
+    """
+
+    def __init__(self, process_group: Any | None = None) -> None:
         super().__init__()
-        self.dice = DiceLoss(batch=True)
+        self.process_group = process_group
 
     def set_epoch(self, epoch: float) -> None:
         """The same in every epoch."""
 
     def forward(
-        self, logits: Tensor, label: Tensor, image: Tensor, noised: Network | None = None
+        self,
+        logits: Tensor,
+        label: Tensor,
+        image: Tensor,
+        noised: Network | None = None,
+        images_ratio: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         target = label.long()
         counted = (target != IGNORE).to(logits.dtype)
         present = torch.where(target == IGNORE, 0, target)
         one_hot = F.one_hot(present.squeeze(1), logits.shape[1]).movedim(-1, 1) * counted
-        dice = self.dice(logits.softmax(1) * counted, one_hot)
+        axes = (0, *range(2, logits.ndim))
+        probability = logits.softmax(1) * counted
         # A batch of padding alone has no mean.
         losses = F.cross_entropy(logits, target.squeeze(1), ignore_index=IGNORE, reduction="sum")
-        cross_entropy = losses / counted.sum().clamp_min(1)
+        sums = torch.cat(
+            (
+                (probability * one_hot).sum(axes),
+                (probability + one_hot).sum(axes),
+                torch.stack((losses, counted.sum())),
+            )
+        )
+        sums = global_sum(sums, self.process_group)
+        k = logits.shape[1]
+        dice = (1 - (2 * sums[:k] + DICE_SMOOTH) / (sums[k : 2 * k] + DICE_SMOOTH)).mean()
+        cross_entropy = sums[-2] / sums[-1].clamp_min(1)
         return dice + cross_entropy, {"cross_entropy": cross_entropy.detach(), "dice": dice.detach()}
 
 
 class Evidential(nn.Module):
     """SURELoss as configured; for `edl` without supervision."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, process_group: Any | None = None) -> None:
         super().__init__()
         self.config = config
         supervised = config.loss == "sure"
@@ -85,6 +106,7 @@ class Evidential(nn.Module):
             near=config.near,
             far=config.far,
             relation=config.relation,
+            process_group=process_group,
             return_terms=True,
         )
 
@@ -92,19 +114,38 @@ class Evidential(nn.Module):
         self.loss.set_epoch(epoch)
 
     def forward(
-        self, logits: Tensor, label: Tensor, image: Tensor, noised: Network | None = None
+        self,
+        logits: Tensor,
+        label: Tensor,
+        image: Tensor,
+        noised: Network | None = None,
+        images_ratio: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if noised is None or not self.loss.wants_noise:
-            loss, terms = self.loss(logits, label, image=image)
-            return loss, terms._asdict()
-        reach = max(self.config.near, self.config.far) if self.config.soft == "off" else None
-        dims = image.ndim - 2
-        distance = sk.boundary_distance(label, max_distance=reach, spatial_dims=dims, ignore_index=IGNORE)
-        images, levels, points = self._noised_images(logits, label, image, distance, noised)
-        noisy = [noised(x) for x in images]
-        maps = {"image": image, "distance": distance, "points": points}
-        loss, terms = self.loss(logits, label, noisy=noisy, levels=levels, **maps)
+        maps: dict[str, Any] = {"image": image}
+        if noised is not None and self.loss.wants_noise:
+            reach = max(self.config.near, self.config.far) if self.config.soft == "off" else None
+            dims = image.ndim - 2
+            distance = sk.boundary_distance(label, max_distance=reach, spatial_dims=dims, ignore_index=IGNORE)
+            images, levels, points = self._noised_images(logits, label, image, distance, noised)
+            noisy = [noised(x) for x in images]
+            maps |= {"distance": distance, "points": points, "noisy": noisy, "levels": levels}
+        with self._means_over_fewer_images(images_ratio):
+            loss, terms = self.loss(logits, label, **maps)
+        if images_ratio != 1 and self.config.soft == "off":
+            terms = terms._replace(gradient=terms.gradient * images_ratio, d=terms.d * images_ratio)
         return loss, terms._asdict()
+
+    @contextmanager
+    def _means_over_fewer_images(self, ratio: float) -> Iterator[None]:
+        """The rankings are means over images (the soft ones over pairs): leave out those that only fill up a batch."""
+        weights = self.loss.gradient_weight, self.loss.noise_weights
+        if self.config.soft == "off":
+            mu, d, far = weights[1]
+            self.loss.gradient_weight, self.loss.noise_weights = weights[0] * ratio, (mu, d * ratio, far)
+        try:
+            yield
+        finally:
+            self.loss.gradient_weight, self.loss.noise_weights = weights
 
     def _noised_images(
         self, logits: Tensor, label: Tensor, image: Tensor, distance: Tensor, noised: Network
@@ -148,10 +189,11 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-def build_objective(config: TrainConfig) -> DiceCE | Evidential:
+def build_objective(config: TrainConfig, process_group: Any | None = None) -> DiceCE | Evidential:
     """The objective of `config`, called as objective(logits, label, image, noised) -> (loss, terms).
 
     Logits (N, K, *patch), label (N, 1, *patch) with IGNORE where a voxel does not count, image (N, M, *patch); `noised`
-    is the network, for images that are not to enter its running statistics.
+    is the network, for images that are not to enter its running statistics. Where images without a counted voxel only
+    fill up the batches of the ranks of `process_group`, `images_ratio` is all images over the others, of all ranks.
     """
-    return DiceCE() if config.loss == "dice_ce" else Evidential(config)
+    return DiceCE(process_group) if config.loss == "dice_ce" else Evidential(config, process_group)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 import sure_kernels as sk
-from sure_kernels import registry
+from sure_kernels import functional, registry
 from sure_kernels.backends import BACKENDS
 
 PACKAGE = Path(sk.__file__).parent
@@ -218,12 +220,18 @@ def test_inputs_are_not_written_to():
             assert torch.equal(a.detach(), b)
 
 
-def joined_batch():
+def joined_batch(first_rank: str):
+    """Three images, of which the first rank holds one: without a valid voxel, without a boundary, or like the rest."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn((3, 3, 6, 7), generator=g, dtype=torch.float64)
     target = torch.randint(0, 3, (3, 6, 7), generator=g)
-    target[0] = -100  # the first rank holds no valid voxel
+    target[0] = {"nothing valid": -100, "no boundary": 1, "like the rest": target[0]}[first_rank]
+    # Far from every boundary but in one image, where there is none.
+    target[2, :, 3:] = 0
     return logits, target, torch.randn((3, 1, 6, 7), generator=g, dtype=torch.float64)
+
+
+FIRST_RANKS = ("nothing valid", "no boundary", "like the rest")
 
 
 def _supervised(z, y, x, **options):
@@ -243,14 +251,35 @@ def _noise(z, y, x, **options):
     return sk.noise_uncertainty_loss(maps[0], maps[1:], (0.3, 0.8), x.abs(), mask=y != -100, **options)
 
 
+def _distance(y):
+    return sk.boundary_distance(y, spatial_dims=2)
+
+
+def _everything(z, y, x, **options):
+    loss = sk.SURELoss(near=1.0, far=1.5, **options)
+    loss.set_epoch(90)
+    # All pairs of one voxel: what is drawn at random would differ between the ranks.
+    with mock.patch.object(functional, "_soft_pairs", lambda pairs, inputs, *_: _neighbours(inputs.u)):
+        return loss(z, y, image=x, noisy=[0.7 * z, 0.5 * z + x], levels=[0.3, 0.8])
+
+
 LOSSES = {
     "evidential": lambda z, y, x, **group: sk.evidential_loss(z, y, **group),
     "supervised": _supervised,
     "exact": lambda z, y, x, **group: _supervised(z, y, x, supervision="exact", relation="increasing", **group),
+    "correlation": lambda z, y, x, **group: _supervised(z, y, x, supervision="correlation", **group),
+    "within class": lambda z, y, x, **group: _supervised(
+        z, y, x, supervision="exact", within_class=True, dice="soft", class_weight=(1, 2, 3), **group
+    ),
     "ranking": lambda z, y, x, **group: sk.pairwise_ranking_loss(z[:, :1], x, mask=y != -100, **group),
     "covariance": lambda z, y, x, **group: sk.pairwise_ranking_loss(
         z[:, :1], x, mask=y != -100, groups=y, method="covariance", **group
     ),
+    "gradient": lambda z, y, x, **group: sk.gradient_uncertainty_loss(
+        z[:, :1], x, _distance(y), mask=y != -100, groups=y, **group
+    ),
+    "everything": lambda z, y, x, **group: _everything(z, y, x, **group),
+    "everything, soft": lambda z, y, x, **group: _everything(z, y, x, soft=SOFT, **group),
     "noise": lambda z, y, x, **group: _noise(z, y, x, near=1.0, **group),
     "noise at points": lambda z, y, x, **group: _noise(
         z, y, x, points=torch.tensor([[0, 1], [2, 3], [4, 4], [5, 6]]).expand(len(z), -1, -1), **group
@@ -266,16 +295,21 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     shard = slice(0, 1) if rank == 0 else slice(1, 3)
+    group = torch.distributed.group.WORLD
     out = {}
-    for namespace in ("eager", "reference"):
+    for kind, namespace, name in itertools.product(FIRST_RANKS, ("eager", "reference"), LOSSES):
         with sk.backend(namespace):
-            for name, function in LOSSES.items():
-                logits, target, image = (t[shard] for t in joined_batch())
-                leaf = logits.clone().requires_grad_()
-                loss = function(leaf, target, image, process_group=torch.distributed.group.WORLD)
-                loss.backward()
-                # What DistributedDataParallel's averaging makes of it.
-                out[namespace, name] = (loss.detach(), leaf.grad / 2)
+            logits, target, image = (t[shard] for t in joined_batch(kind))
+            leaf = logits.clone().requires_grad_()
+            loss = LOSSES[name](leaf, target, image, process_group=group)
+            loss.backward()
+            # What DistributedDataParallel's averaging makes of it.
+            out[kind, namespace, name] = (loss.detach(), leaf.grad / 2)
+    logits, target, image = (t[shard] for t in joined_batch("like the rest"))
+    for name, process_group in (("alone", None), ("sampled", group)):
+        generator = torch.Generator().manual_seed(0)
+        options = {"method": "sampled", "generator": generator, "process_group": process_group}
+        out[name] = sk.pairwise_ranking_loss(logits[:, :1], image, **options)
     torch.save(out, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -288,13 +322,18 @@ def test_two_processes_are_one(tmp_path):
         port = s.getsockname()[1]
     mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    logits, target, image = joined_batch()
-    for (namespace, name), (loss, _) in ranks[0].items():
+    for kind, namespace, name in itertools.product(FIRST_RANKS, ("eager", "reference"), LOSSES):
         with sk.backend(namespace):
+            logits, target, image = joined_batch(kind)
             leaf = logits.clone().requires_grad_()
             expected = LOSSES[name](leaf, target, image)
             expected.backward()
         assert float(expected.detach()) > 0
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
-        gradient = torch.cat([r[namespace, name][1] for r in ranks])
+        for rank in ranks:
+            torch.testing.assert_close(rank[kind, namespace, name][0], expected.detach(), rtol=1e-12, atol=0)
+        gradient = torch.cat([r[kind, namespace, name][1] for r in ranks])
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
+    # Each rank draws pairs of its own images: theirs is the mean over all three.
+    expected = (ranks[0]["alone"] + 2 * ranks[1]["alone"]) / 3
+    for rank in ranks:
+        torch.testing.assert_close(rank["sampled"], expected, rtol=1e-12, atol=0)

@@ -118,9 +118,10 @@ def load_case(case: Case, *, ignore_label: int | None = None) -> EvaluationCase:
 class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
     """Random patches of cases that are held in memory.
 
-    Item i is `{"image": float32 (M, *patch), "label": uint8 (1, *patch)}`; smaller images are padded with 0,
-    the mean, and their label with IGNORE. There are `patches_per_image` items for each volume, in 2D for each
-    slice along the last axis. Half of the patches are centred on a foreground voxel where the image has one.
+    Item i is `{"image": float32 (M, *patch), "label": uint8 (1, *patch), "case": position in names}`; smaller images
+    are padded with 0, the mean, and their label with IGNORE. There are `patches_per_image` items for each volume, in
+    2D for each slice along the last axis. Half of the patches are centred on a foreground voxel where the image has
+    one.
 
     An item is a function of (config.seed, epoch, i) alone: neither the number of workers, nor the order, nor
     earlier epochs matter, so a resumed run sees what an uninterrupted one would have seen.
@@ -141,13 +142,15 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
             ]
         )
         self._items: list[dict[str, Any]] = []
-        for case in cases:
+        self.names = [case.name for case in cases]
+        for number, case in enumerate(cases):
             loaded = load_case(case, ignore_label=ignore_label)
             if loaded.label is None:
                 raise UserError(f"{case.name}: has no label to train on")
             for image, label in _views(loaded.image, loaded.label.to(torch.uint8), config.spatial_dims, case):
                 padded: dict[str, Any] = {k: _plain(v) for k, v in pad({"image": image, "label": label}).items()}
                 flat = padded["label"].flatten()
+                padded["case"] = number
                 padded["foreground"] = torch.nonzero((flat > 0) & (flat != IGNORE))[:, 0].numpy()
                 self._items.append(padded)
         size = config.patch
@@ -199,7 +202,8 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
             patch = self._crop.set_random_state(crop)({k: item[k] for k in ("image", "label")})
         if self._config.augment:
             patch = self._augment.set_random_state(augment)(patch)
-        return {k: _plain(patch[k]).contiguous() for k in ("image", "label")}
+        tensors = {k: _plain(patch[k]).contiguous() for k in ("image", "label")}
+        return {**tensors, "case": torch.tensor(item["case"])}
 
 
 def split_cases(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tuple[list[Case], list[Case]]:
