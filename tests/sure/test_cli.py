@@ -87,7 +87,18 @@ def test_the_whole_way(tmp_path, capsys):
     assert main(["report", f"{out}/eval", "--out", f"{out}/report.html"]) == 0
     images = sorted((tmp_path / "data" / "imagesTr").glob("*.nii.gz"))
     assert main(["predict", run, str(images[0]), "--out", f"{out}/pred", "--no-progress"]) == 0
+    sweep = ["--corruptions", "blur", "--levels", "1", "2", "--seed", "1", "--no-progress"]
     capsys.readouterr()
+    assert main(["robustness", run, data, "--out", f"{out}/rob", *sweep]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed[2:4]] == [["blur", "1"], ["blur", "2"]]
+    assert main(["calibrate", run, data, "--alpha", "0.6", "--no-progress"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}/calibration.json"
+    assert main(["calibrate", run, data, "--alpha", "0.01", "--no-progress"]) == 2
+    assert "alpha: 0.01 takes at least 99 cases" in capsys.readouterr().err
+    stored = ["--calibration", f"{run}/calibration.json", "--abstain", "class", "--quantise-uncertainty", "uint8"]
+    assert main(["predict", run, str(images[0]), "--out", f"{out}/small", *stored, "--no-progress"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
     name = images[0].name.removesuffix(".nii.gz")
     image = nib.load(images[0])
     for ending in ("seg", "unc"):

@@ -22,6 +22,19 @@ def test_hippocampus(hippocampus: Path, tmp_path, loss):
     summary = json.loads((out / "eval" / "metrics.json").read_text())["summary"]
     assert summary["dice"]["mean"] >= 0.82
     assert summary["dice"]["n"] == 20
+    sweep = ["--corruptions", "gaussian_mean", "blur", "--no-progress"]
+    assert main(["robustness", str(run), str(hippocampus), "--out", str(out / "rob"), *sweep]) == 0
+    robust = json.loads((out / "rob" / "robustness.json").read_text())
+    assert robust["clean"]["summary"] == summary
+    for corruption in robust["corruptions"]:
+        strongest = corruption["levels"][-1]
+        assert strongest["summary"]["dice"]["mean"] < summary["dice"]["mean"] - 0.05
+        assert strongest["detection_volumes"][0] == 20
+    assert main(["calibrate", str(run), str(hippocampus), "--alpha", "0.1", "--no-progress"]) == 0
+    fitted = json.loads((run / "calibration.json").read_text())
+    for values in (fitted["overall"], *fitted["classes"].values()):
+        assert values["error"] <= values["bound"] <= 0.1
+        assert values["coverage"] > 0.2
     image = sorted((hippocampus / "imagesTr").glob("*.nii.gz"))[0]
     assert main(["predict", str(run), str(image), "--out", str(out), "--no-progress"]) == 0
     source = nib.load(image)

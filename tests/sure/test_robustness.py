@@ -85,9 +85,10 @@ class TestCorruptions:
         corruption = CORRUPTIONS[name]
         for shape in ((1, 9, 8), (2, 9, 8, 7), (1, 5, 4, 1)):
             image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            worse = corruption(image, corruption.levels[2], 0)
-            assert worse.shape == shape
-            assert torch.isfinite(worse).all()
+            for one in (image, torch.zeros(shape)):
+                worse = corruption(one, corruption.levels[2], 0)
+                assert worse.shape == shape
+                assert torch.isfinite(worse).all()
 
     @pytest.mark.parametrize("name", [n for n, c in CORRUPTIONS.items() if c.as_acquired])
     def test_acquired_images_are_normalised_again(self, image, name):
@@ -239,6 +240,25 @@ def test_bad_arguments(data, run, tmp_path):
     with pytest.raises(UserError, match="holds something else than an earlier robustness"):
         robustness(run.path, data, out, corruptions=["blur"], progress=False)
     assert [p.name for p in out.iterdir()] == ["notes.txt"]
+
+
+def test_detection_of_volumes_without_a_boundary(monkeypatch, run, tmp_path):
+    """A run that predicts background alone has no boundary to measure on: undefined, and said so."""
+    root = write_data(tmp_path / "data", 1)
+
+    def nothing(run, image):
+        result = infer(run, image)
+        certain = torch.zeros_like(result.probability)
+        certain[0] = 1
+        return result._replace(probability=certain, label=torch.zeros_like(result.label))
+
+    monkeypatch.setattr(sure.robustness, "infer", nothing)
+    report = robustness(run.path, root, tmp_path / "rob", corruptions=["blur"], levels=[1.0], progress=False)
+    level = report["corruptions"][0]["levels"][0]
+    assert level["detection_auroc"] is None
+    assert level["detection_volumes"] == [0, 0]
+    reason = level["undefined"]["case_0"]["uncertainty_boundary_predicted"]
+    assert reason == "the prediction has no boundary"
 
 
 def test_2d_run_on_volumes(data, tmp_path, monkeypatch):
