@@ -64,6 +64,7 @@ def environment(device: str | torch.device) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": str(device),
+        "platform": platform.platform(),
         "versions": {
             "sure": sure.__version__,
             "python": platform.python_version(),
