@@ -65,6 +65,7 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
         device: str = "auto",
         workers: int = 0,
         fsdp: bool = False,
+        cache: Path | None = None,
         progress: bool = True,
         settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults,
     ) -> None:
@@ -80,6 +81,7 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
             device: auto, cpu, cuda, cuda:1, ...
             workers: processes that prepare patches.
             fsdp: under torchrun, each process keeps a share of the weights, not all of them.
+            cache: folder to keep uncompressed volumes in, whose patches are read as needed; without, all are in memory.
             progress: show progress bars.
             settings: what decides the weights.
         """
@@ -94,6 +96,7 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
             device=device,
             workers=workers,
             fsdp=fsdp,
+            cache=cache,
             progress=progress,
         )
         if _rank() == 0:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
 from monai.networks.blocks import Convolution, ResidualUnit, UnetBasicBlock, UnetResBlock
 from monai.networks.blocks.segresnet_block import ResBlock
 from monai.networks.nets import AttentionUnet, DynUNet, SegResNet, UNet
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sure.config import TrainConfig
 
@@ -63,3 +68,34 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         found += [child] if isinstance(child, BLOCKS) else blocks(child)
     return found
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Each block of `model` keeps its input alone, and is computed again for the gradient."""
+    for block in blocks(model):
+        # Running statistics see a batch once: the second time none is updated.
+        contexts = partial(_contexts, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)  # type: ignore[method-assign]
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _untouched_statistics(block)
+
+
+@contextmanager
+def _untouched_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch normalisation leaves its running statistics as they are.
+
+    As copies that are written to and then forgotten: autograd wants the second pass to keep the same tensors.
+    """
+    layers = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kept = [dict(layer.named_buffers(recurse=False)) for layer in layers]
+    for layer, buffers in zip(layers, kept, strict=True):
+        for name, value in buffers.items():
+            setattr(layer, name, value.clone())
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, kept, strict=True):
+            for name, value in buffers.items():
+                setattr(layer, name, value)

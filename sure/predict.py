@@ -19,7 +19,7 @@ from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faul
 from sure.data.layouts import MISSING_LABEL
 from sure.data.nifti import SUFFIXES, is_nifti, stem
 from sure.errors import UserError
-from sure.inference import infer
+from sure.inference import infer_slabs
 
 QUANTISED = {"uint8": 1 / 255, "uint16": 1 / 65535}
 """Types that uncertainty can be stored in, and their steps: all of them reach 1."""
@@ -81,14 +81,21 @@ def predict(
     written = []
     for case in tqdm(cases, desc="predicting", unit="case", disable=not progress):
         loaded = load_case(case)
-        result = infer(run, loaded.image[None])
+        spatial, header = loaded.image.shape[1:], loaded.header
+        label, uncertainty = torch.empty(spatial, dtype=torch.uint8), torch.empty(spatial)
+        refused = torch.empty(spatial if abstention is not None else 0, dtype=torch.bool)
+        for part, slab in infer_slabs(run, loaded.image[None]):
+            label[part], uncertainty[part] = slab.label, slab.uncertainty[0]
+            if abstention is not None:
+                refused[part] = abstention.mask(slab)
+        del loaded  # the image makes room for the files
         scale = QUANTISED.get(quantise_uncertainty)
         stored = np.dtype(np.float32 if scale is None else quantise_uncertainty)
-        kinds = [(result.label, np.dtype(np.uint8), None), (result.uncertainty[0], stored, scale)]
+        kinds = [(label, np.dtype(np.uint8), None), (uncertainty, stored, scale)]
         if abstention is not None:
-            kinds.append((abstention.mask(result), np.dtype(np.uint8), None))
+            kinds.append((refused, np.dtype(np.uint8), None))
         for path, (array, dtype, step) in zip(_outputs(case, out, results), kinds, strict=True):
-            save_nifti(array.numpy(), loaded.header, path, dtype, scale=step)
+            save_nifti(array.numpy(), header, path, dtype, scale=step)
             written.append(path)
     return written
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ from sure.distributed import (
 from sure.errors import SharedError, UserError
 from sure.files import write_text
 from sure.inference import infer
-from sure.models import build_model
+from sure.models import build_model, checkpoint_activations
 from sure.objective import build_objective, frozen_statistics
 from sure_kernels.doctor import versions
 from sure_kernels.kernel_lib.special import evidence
@@ -86,6 +87,7 @@ def train(
     device: str = "auto",
     workers: int = 0,
     fsdp: bool = False,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Train a network on the data set at `data` and return the run folder `out`.
@@ -104,6 +106,7 @@ def train(
         device: `auto` (a GPU where there is one), or what torch.device takes; of several processes each takes its own.
         workers: processes that prepare patches; 0 does it in this one.
         fsdp: of several processes each keeps a share of the weights and of the optimiser's state (FSDP2), not all.
+        cache: folder for uncompressed volumes, from which patches are read in place of memory (`TrainingData`).
         progress: show progress bars on stderr.
 
     Raises:
@@ -123,7 +126,10 @@ def train(
             _check_warm_start(config.warm_start, experiment)
             trainer.load(read_checkpoint(config.warm_start, place)["model"], config.warm_start)
         chosen = [c for c in cases if c.name in experiment.train]
-        samples = TrainingData(chosen, config, ignore_label=dataset.ignore_label)
+        read = partial(TrainingData, chosen, config, ignore_label=dataset.ignore_label, cache=cache)
+        if cache is not None:
+            processes.agree(lambda: read().names)  # the first one fills it
+        samples = read()
         held_out = [c for c in cases if c.name in experiment.held_out]
         if start:
             trainer.restore()
@@ -302,6 +308,8 @@ class _Trainer:
         torch.manual_seed(self.config.seed)
         model = build_model(self.config, self.experiment.in_channels, self.experiment.num_classes)
         self.model = model.to(self.device)
+        if self.config.checkpoint_activations:
+            checkpoint_activations(self.model)
         self.network: nn.Module = self.model
         if self.fsdp:
             shard(self.model, self.processes.group)

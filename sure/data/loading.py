@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import monai.transforms as mt
@@ -18,6 +22,7 @@ from sure.config import TrainConfig
 from sure.data.layouts import Case
 from sure.data.nifti import read_nifti, spacing_of
 from sure.errors import UserError
+from sure.files import atomic
 
 IGNORE = 255
 """Label of voxels that count nowhere: padding, and what the data set itself says to ignore."""
@@ -70,7 +75,7 @@ def load_image(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float64], ni
             raise UserError(f"{path}: expected finite voxels, found NaN, infinity or more than float32 holds")
         affines.append(affine)
         headers.append(header)
-    return np.concatenate(channels), affines[0], headers[0]
+    return channels[0] if len(channels) == 1 else np.concatenate(channels), affines[0], headers[0]
 
 
 def load_label(case: Case, *, ignore_label: int | None = None) -> NDArray[np.int16]:
@@ -99,11 +104,23 @@ def normalise(image: NDArray[np.float32]) -> NDArray[np.float32]:
     Not MONAI's NormalizeIntensity: its float32 moments divide a constant image by rounding noise and overflow
     on large intensities.
     """
-    values = image.astype(np.float64)
-    axes = tuple(range(1, values.ndim))
-    mean, std = values.mean(axes, keepdims=True), values.std(axes, keepdims=True)
-    flat = std <= 1e-6 * np.abs(mean)
-    return np.where(flat, 0.0, (values - mean) / np.where(flat, 1.0, std)).astype(np.float32)
+    normalised = np.empty_like(image)
+    for channel, target in zip(image, normalised, strict=True):
+        mean, std = _moments(channel)
+        if std <= 1e-6 * abs(mean):
+            target[...] = 0
+            continue
+        for plane in range(channel.shape[-1]):  # a whole volume in float64 would be several times its size
+            target[..., plane] = (channel[..., plane].astype(np.float64) - mean) / std
+    return normalised
+
+
+def _moments(channel: NDArray[np.float32]) -> tuple[float, float]:
+    """Mean and standard deviation in float64, plane by plane along the last axis."""
+    planes = range(channel.shape[-1])
+    mean = sum(float(channel[..., p].sum(dtype=np.float64)) for p in planes) / channel.size
+    squares = sum(float(((channel[..., p].astype(np.float64) - mean) ** 2).sum()) for p in planes)
+    return mean, math.sqrt(squares / channel.size)
 
 
 def load_case(case: Case, *, ignore_label: int | None = None) -> EvaluationCase:
@@ -116,7 +133,7 @@ def load_case(case: Case, *, ignore_label: int | None = None) -> EvaluationCase:
 
 
 class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
-    """Random patches of cases that are held in memory.
+    """Random patches of cases that are held in memory, or read from a cache on disk.
 
     Item i is `{"image": float32 (M, *patch), "label": uint8 (1, *patch), "case": position in names}`; smaller images
     are padded with 0, the mean, and their label with IGNORE. There are `patches_per_image` items for each volume, in
@@ -127,32 +144,39 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
     earlier epochs matter, so a resumed run sees what an uninterrupted one would have seen.
     """
 
-    def __init__(self, cases: Sequence[Case], config: TrainConfig, *, ignore_label: int | None = None) -> None:
-        """Read all `cases`. Raises UserError for none, for unreadable ones, and for 2D images in 3D training."""
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        config: TrainConfig,
+        *,
+        ignore_label: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """Read all `cases`, one after another.
+
+        With `cache`, a folder, each is normalised, padded and written there once, uncompressed, and its patches are
+        read by memory map: no more than the patch. What lies there of the same file, size and time of change is used
+        as it is, also by several processes at once.
+
+        Raises UserError for none, for unreadable ones, and for 2D images in 3D training.
+        """
         if not cases:
             raise UserError("no case to train on")
         self._config = config
         # Shared memory: workers that outlive an epoch see set_epoch too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         keys = ("image", "label")
-        pad = mt.Compose(
-            [
-                mt.SpatialPadd("image", config.patch),
-                mt.SpatialPadd("label", config.patch, value=IGNORE),
-            ]
-        )
-        self._items: list[dict[str, Any]] = []
+        self._items: list[dict[str, Any] | _Cached] = []
         self.names = [case.name for case in cases]
         for number, case in enumerate(cases):
-            loaded = load_case(case, ignore_label=ignore_label)
-            if loaded.label is None:
-                raise UserError(f"{case.name}: has no label to train on")
-            for image, label in _views(loaded.image, loaded.label.to(torch.uint8), config.spatial_dims, case):
-                padded: dict[str, Any] = {k: _plain(v) for k, v in pad({"image": image, "label": label}).items()}
-                flat = padded["label"].flatten()
-                padded["case"] = number
-                padded["foreground"] = torch.nonzero((flat > 0) & (flat != IGNORE))[:, 0].numpy()
-                self._items.append(padded)
+            if cache is not None:
+                self._items += _cached_views(case, config, ignore_label, cache, number)
+                continue
+            views, foreground = _padded_views(case, config, ignore_label)
+            self._items += [
+                {"image": image, "label": label, "case": number, "foreground": indices}
+                for (image, label), indices in zip(views, foreground, strict=True)
+            ]
         size = config.patch
         self._crop = mt.Compose([mt.RandSpatialCropd(keys, size, random_size=False)])
         self._crop_foreground = mt.Compose(
@@ -179,7 +203,7 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
     @property
     def channels(self) -> int:
         """Image channels M."""
-        return int(self._items[0]["image"].shape[0])
+        return int(_loaded(self._items[0])["image"].shape[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the patches of `epoch`; workers that are already running follow."""
@@ -193,7 +217,7 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         seeds = np.random.SeedSequence([self._config.seed, int(self._epoch), index])
         choose, crop, augment = (int(s) for s in seeds.generate_state(3))
-        item = self._items[index // self._config.patches_per_image]
+        item = _loaded(self._items[index // self._config.patches_per_image])
         if choose % 2 and len(item["foreground"]):
             # neg=0 draws none of "background", but without it MONAI would search the label again.
             both = {**item, "background": item["foreground"]}
@@ -228,16 +252,77 @@ def _group(case: Case) -> str:
     return match[1] if match else case.name
 
 
-def _views(
-    image: torch.Tensor, label: torch.Tensor, spatial_dims: int, case: Case
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The whole case, or in 2D its slices along the last axis."""
-    ndim = image.ndim - 1
-    if ndim == spatial_dims:
-        return [(image, label)]
-    if ndim < spatial_dims:
+def _padded_views(
+    case: Case, config: TrainConfig, ignore_label: int | None
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[NDArray[np.int64]]]:
+    """Image and uint8 label of the whole case, or in 2D of its slices along the last axis, at least as large as a
+    patch; and the positions of foreground voxels in each flattened label.
+    """
+    loaded = load_case(case, ignore_label=ignore_label)
+    if loaded.label is None:
+        raise UserError(f"{case.name}: has no label to train on")
+    ndim = loaded.image.ndim - 1
+    if ndim < config.spatial_dims:
         raise UserError(f"{case.images[0]}: expected a 3D image for spatial_dims 3, found a 2D image")
-    return list(zip(image.unbind(-1), label.unbind(-1), strict=True))
+    size = (*config.patch, *(-1,) * (ndim - config.spatial_dims))  # -1 keeps the axis of the slices
+    pad = mt.Compose([mt.SpatialPadd("image", size), mt.SpatialPadd("label", size, value=IGNORE)])
+    padded = pad({"image": loaded.image, "label": loaded.label.to(torch.uint8)})
+    image, label = (_plain(padded[k]) for k in ("image", "label"))
+    views = (
+        [(image, label)] if ndim == config.spatial_dims else list(zip(image.unbind(-1), label.unbind(-1), strict=True))
+    )
+    flat = (y.flatten() for _, y in views)
+    return views, [torch.nonzero((y > 0) & (y != IGNORE))[:, 0].numpy() for y in flat]
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """One view of a case in the cache: the files, which are opened at each use, and so by every worker for itself."""
+
+    files: tuple[Path, Path, Path]
+    number: int | None
+    """Of the slice; None for the whole."""
+    foreground: tuple[int, int]
+    case: int
+
+
+def _loaded(item: dict[str, Any] | _Cached) -> dict[str, Any]:
+    """The item's arrays, those of the cache as memory maps."""
+    if not isinstance(item, _Cached):
+        return item
+    # Copy on write, as torch warns about maps that cannot be written to; nobody does.
+    image, label, foreground = (np.load(path, mmap_mode="c") for path in item.files)
+    if item.number is not None:
+        image, label = image[item.number], label[item.number]
+    return {
+        "image": torch.from_numpy(image),
+        "label": torch.from_numpy(label),
+        "case": item.case,
+        "foreground": foreground[slice(*item.foreground)],
+    }
+
+
+def _cached_views(case: Case, config: TrainConfig, ignore_label: int | None, cache: Path, number: int) -> list[_Cached]:
+    """The views of a case in the cache, written first where they are not there."""
+    sources = [path.resolve() for path in (*case.images, case.label) if path is not None]
+    known = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
+    key = hashlib.sha256(repr((known, config.patch, config.spatial_dims, ignore_label)).encode()).hexdigest()[:16]
+    files = tuple(cache / f"{case.name}-{key}.{part}.npy" for part in ("image", "label", "foreground", "bounds"))
+    if not all(path.is_file() for path in files):
+        views, foreground = _padded_views(case, config, ignore_label)
+        sliced = views[0][0].ndim - 1 < 3 and len(views) > 1
+        image, label = (np.stack([v[i].numpy() for v in views]) if sliced else views[0][i].numpy() for i in (0, 1))
+        bounds = np.cumsum([0, *map(len, foreground)])
+        cache.mkdir(parents=True, exist_ok=True)
+        for path, array in zip(files, (image, label, np.concatenate(foreground), bounds), strict=True):
+            with atomic(path) as temporary, temporary.open("wb") as file:
+                np.save(file, array)
+    bounds = np.load(files[3]).tolist()
+    sliced = len(bounds) > 2
+    return [
+        _Cached(files[:3], i if sliced else None, ends, number)  # type: ignore[arg-type]  # three
+        for i, ends in enumerate(itertools.pairwise(bounds))
+    ]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

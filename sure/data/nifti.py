@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import zlib
@@ -104,7 +105,7 @@ def save_nifti(
         scale = float(np.float32(scale))  # as the header holds it
         values = np.rint(values.astype(np.float64) / scale)
     with np.errstate(invalid="ignore"):
-        stored = values.astype(dtype)
+        stored = values.astype(dtype, copy=False)
     if dtype.kind in "iu" and not np.array_equal(stored, values):
         what = "whole numbers that fit" if scale is None else f"numbers whose multiples of {scale:g} fit"
         raise ValueError(f"array: expected {what} {dtype}")
@@ -125,10 +126,13 @@ def save_nifti(
     image = (nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)(stored, best, header)
     if scale is not None:
         image.header.set_slope_inter(scale, 0)
-    raw = image.to_bytes()
-    with atomic(path) as temporary:
-        # No time stamp and no file name inside: the same values give the same bytes.
-        temporary.write_bytes(gzip.compress(raw, 4, mtime=0) if path.name.endswith(".gz") else raw)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        if path.name.endswith(".gz"):
+            # No time stamp and no file name inside: the same values give the same bytes.
+            with gzip.GzipFile("", "wb", 4, file, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
 
 
 def spacing_of(affine: NDArray[Any], ndim: int) -> tuple[float, ...]:
@@ -175,10 +179,11 @@ def _needed_bytes(path: Path, start: bytes, kind: type[nib.Nifti1Image], size: i
 
 def _read_bytes(file: BinaryIO, start: bytes, needed: int) -> bytes:
     """The first `needed` bytes; `file`, of which `start` was read, goes to its end, where gzip's checksum lies."""
-    kept = bytearray(start[:needed])
+    kept = io.BytesIO()  # whose value is handed on without a copy
+    kept.write(start[:needed])
     while chunk := file.read(_CHUNK):
-        kept += chunk[: needed - len(kept)]
-    return bytes(kept)
+        kept.write(chunk[: needed - kept.tell()])
+    return kept.getvalue()
 
 
 def _one_line(error: BaseException) -> str:

@@ -46,8 +46,11 @@ RUNS = {
     "noise": (replace(TINY, noise="patches", norm="batch", epochs=1), {}),
     "fsdp noise": (replace(TINY, noise="images", epochs=1), {"fsdp": True}),
     "attention_unet": (replace(TINY, model="attention_unet", epochs=1), {}),
-    "segresnet": (replace(TINY, model="segresnet", channels=(8, 16), epochs=1), {"fsdp": True}),
-    "dynunet": (replace(TINY, model="dynunet", channels=(4, 8, 16), epochs=1), {}),
+    "segresnet": (
+        replace(TINY, model="segresnet", channels=(8, 16), epochs=1, checkpoint_activations=True),
+        {"fsdp": True},
+    ),
+    "dynunet": (replace(TINY, model="dynunet", channels=(4, 8, 16), epochs=1, checkpoint_activations=True), {}),
 }
 COMPARED = ("covariance", "exact", "dice_ce", "fsdp", "segresnet", "dynunet")  # the others draw noise, or normalise
 
@@ -87,7 +90,7 @@ def one_rank(rank: int, data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     for name, (config, options) in RUNS.items():
-        train(data, folder / name, config, device="cpu", progress=False, **options)
+        train(data, folder / name, config, device="cpu", progress=False, cache=folder / "cache", **options)
     interrupted_after(1, data, folder / "resumed", TINY)
     train(data, folder / "resumed", TINY, device="cpu", progress=False, resume=True, fsdp=True)
     for config in (replace(TINY, batch_size=3), replace(TINY, fold=5)):  # not to be shared; not the run to resume

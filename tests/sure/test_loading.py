@@ -20,6 +20,7 @@ from sure.data import (
     load_case,
     load_image,
     load_label,
+    loading,
     normalise,
     read_nifti,
     save_nifti,
@@ -211,12 +212,11 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     save_nifti(np.ones((3, 4, 5)), OBLIQUE, tmp_path / "a.nii.gz", np.uint8)
     before = (tmp_path / "a.nii.gz").read_bytes()
 
-    def half(self, data):
-        with self.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def half(self, file):
+        file.write(bytes(400))
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(nib.Nifti1Image, "to_stream", half)
     with pytest.raises(OSError, match="disk full"):
         save_nifti(np.zeros((3, 4, 5)), OBLIQUE, tmp_path / "a.nii.gz", np.uint8)
     assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
@@ -380,3 +380,43 @@ def test_real_images_of_any_scale_become_patches():
         assert item["image"].isfinite().all()
         assert set(item["label"].unique().tolist()) <= {0, 1, 2, IGNORE}
         assert (item["label"] == 1).any()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_cache_gives_the_same_items(tmp_path, dims):
+    """Larger and smaller than a patch, and with other channels of numbers: bit for bit what memory gives."""
+    cases = [make_case(tmp_path, "a", (20, 18, 9)), make_case(tmp_path, "b", (9, 30, 12))]
+    settings = config(spatial_dims=dims, patch_size=(16,), patches_per_image=3)
+    expected = TrainingData(cases, settings)
+    first = TrainingData(cases, settings, cache=tmp_path / "cache")
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    again = TrainingData(cases, settings, cache=tmp_path / "cache")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == files
+    assert len(files) == 8
+    for data in (first, again):
+        assert data.channels == expected.channels
+        for index in range(0, len(expected), 1 if dims == 3 else 7):
+            for key, value in expected[index].items():
+                assert torch.equal(data[index][key], value), key
+    # A changed file is read again.
+    image = cases[0].images[0]
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(image).dataobj) * 2 + 1, np.eye(4)), image)
+    TrainingData(cases, settings, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 12
+
+
+def test_a_patch_of_the_cache_reads_no_more_than_itself(tmp_path):
+    """A volume of 2 GB, none of it on disk but holes: what a patch takes of it is far less."""
+    data = TrainingData([make_case(tmp_path)], config(patch_size=(16,), patches_per_image=1), cache=tmp_path / "cache")
+    shape = (1, 1024, 1024, 512)
+    paths = [next((tmp_path / "cache").glob(f"*.{part}.npy")) for part in ("image", "label")]
+    for path, dtype in zip(paths, (np.float32, np.uint8), strict=True):
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before, item = resident(), loading._loaded(data._items[0])
+    patch = data._crop(item)
+    assert tuple(patch["image"].shape) == (1, 16, 16, 16)
+    assert resident() - before < 50e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from monai.data.utils import compute_importance_map
+from monai.inferers import sliding_window_inference
 from tiny_run import AFFINE, SHAPE, make_run, write_case, write_data
 from torch import nn
 
 import sure.predict
+import sure_kernels as sk
+from sure import inference
 from sure.errors import UserError
 from sure.inference import infer
 from sure.predict import collect_cases, predict
@@ -53,6 +57,30 @@ def use_run(monkeypatch, tmp_path):
 
 
 class TestInfer:
+    @pytest.mark.parametrize("loss", ["edl", "dice_ce"])
+    @pytest.mark.parametrize("shape", [SHAPE, (16, 16, 16), (41, 16, 30), (7, 33, 9), (57, 40, 33)])
+    def test_slabs_are_monais_sliding_windows(self, tmp_path, loss, shape):
+        """Blended all at once by MONAI, whatever the image's size is to a window's."""
+        run = make_run(tmp_path, loss=loss)
+        image = torch.randn((1, 1, *shape), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            blend = sliding_window_inference(
+                image, (16,) * 3, 2, partial(inference._window, run), overlap=inference.OVERLAP, mode="gaussian"
+            )
+        if loss == "edl":
+            expected = sk.reference.dirichlet_uncertainty(blend, evidence="relu")
+            probability, uncertainty = expected.probability[0], expected.vacuity[0]
+        else:
+            probability, uncertainty = blend[0], torch.special.entr(blend).sum(1) / math.log(3)
+        found = infer(run, image)
+        torch.testing.assert_close(found.probability, probability, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.uncertainty, uncertainty, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found.label, found.probability.argmax(0).to(torch.uint8))
+        planes = [part[0] for part, _ in inference.infer_slabs(run, image)]
+        assert [p.start for p in planes] == [0, *(p.stop for p in planes[:-1])]
+        assert planes[-1].stop == shape[0]
+        assert max(p.stop - p.start for p in planes) <= inference.PLANES
+
     @pytest.mark.parametrize("prior", [(1.0,), (2.0, 0.5, 1.0)])
     @pytest.mark.parametrize("evidence", ["softplus", "relu", "exp"])
     def test_constant_logits_give_the_formula(self, tmp_path, prior, evidence):

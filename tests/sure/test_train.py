@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -22,7 +23,7 @@ from sure.config import TrainConfig, from_dict, load_config, load_preset, preset
 from sure.data import IGNORE, write_phantoms
 from sure.errors import UserError
 from sure.files import atomic
-from sure.models import build_model
+from sure.models import build_model, checkpoint_activations
 from sure.objective import build_objective
 from sure.train import _learning_rate, train
 
@@ -452,3 +453,57 @@ class TestConfig:
     def test_mistakes_are_named(self, values, message):
         with pytest.raises(UserError, match=message):
             from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("model", "norm"),
+    [("unet", "batch"), ("attention_unet", "auto"), ("segresnet", "auto"), ("dynunet", "batch")],
+)
+def test_checkpointed_activations_change_memory_alone(model, norm):
+    """The same logits, gradients and running statistics, from less that autograd keeps."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        config = TrainConfig(model=model, norm=norm, channels=(8, 16, 32), patch_size=(16,), dropout=0.1)
+        network = build_model(config, 1, 3)
+        if checkpointed:
+            checkpoint_activations(network)
+        kept = 0
+
+        def pack(x):
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        image = torch.randn((2, 1, 16, 16, 16), generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(2)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            logits = network(image)
+            loss = logits.square().mean()
+        before = kept
+        loss.backward()
+        found.append((network.state_dict(), [p.grad for p in network.parameters()], logits.detach(), before))
+    (state, gradients, logits, kept), (state_again, gradients_again, logits_again, kept_again) = found
+    assert state.keys() == state_again.keys()
+    torch.testing.assert_close(logits_again, logits, rtol=0, atol=0)
+    torch.testing.assert_close(state_again, state, rtol=0, atol=0)
+    torch.testing.assert_close(gradients_again, gradients)
+    assert kept_again < 0.5 * kept
+
+
+def test_cache_and_checkpointed_activations_train_to_the_same_weights(phantoms, finished, tmp_path):
+    config = replace(TINY, checkpoint_activations=True)
+    run = train(phantoms, tmp_path / "run", config, device="cpu", cache=tmp_path / "cache", progress=False)
+    for key, value in weights(run).items():
+        torch.testing.assert_close(value, weights(finished)[key])
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_trains_to_the_same_weights(phantoms, tmp_path, monkeypatch, backend):
+    """The quick case compiles to a graph that runs as it is, the long one to machine code."""
+    config = replace(TINY, epochs=1, dropout=0.0, optimizer="sgd", lr=1e-3)
+    plain = train(phantoms, tmp_path / "plain", config, device="cpu", progress=False)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    run = train(phantoms, tmp_path / "run", replace(config, compile=True), device="cpu", progress=False)
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(run)[key], value, rtol=1e-4, atol=1e-6)
