@@ -6,18 +6,20 @@ ones, 0 where none is answered; it may rise and fall with t, so that the loss is
 
     L_i(t) = max over s <= t of e_i(s),
 
-which never falls with t and lies in [0, 1]. The largest t of a fixed grid with
+which never falls with t and lies in [0, 1]. Where a patient has several cases, as in ACDC, these are not exchangeable
+one by one, and L_i is the mean over the cases of patient i. The largest t of a fixed grid with
 
     (L_1(t) + ... + L_n(t) + 1) / (n + 1) <= alpha
 
-then has E[e(t)] <= E[L(t)] <= alpha for a new case that is exchangeable with the n cases, the expectation taken over
-both. It holds on average over cases and calibrations: not for each case, nor for each voxel.
+then has E[e(t)] <= E[L(t)] <= alpha for a new patient who is exchangeable with the n patients, the expectation taken
+over both. It holds on average over patients and calibrations: not for each case, nor for each voxel.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sure.checkpoint import Run, load_run, weights_digest
-from sure.data import IGNORE, discover, load_case
+from sure.data import IGNORE, discover, load_case, patient_of
 from sure.errors import UserError
 from sure.evaluate import check_cases, choose_cases
 from sure.files import write_text
@@ -71,8 +73,8 @@ def calibrate(
         What the file holds, see docs/evaluation.md.
 
     Raises:
-        UserError: an `alpha` that so few cases can't give, an `out` that is something else, and what `evaluate` raises
-            of run and data.
+        UserError: an `alpha` that so few patients can't give, an `out` that is something else, and as `evaluate`
+            raises.
     """
     if not 0 < alpha < 1:
         raise UserError(f"alpha: expected a number between 0 and 1, got {alpha}")
@@ -84,11 +86,12 @@ def calibrate(
     run = load_run(run_path, checkpoint=checkpoint, device=device)
     dataset = discover(data_root)
     chosen, cases_from = choose_cases(run, dataset, "held-out")
-    least = math.ceil(round(1 / alpha, 9)) - 1
-    if len(chosen) < least:
+    patients = [patient_of(case) for case in chosen]
+    least, found = math.ceil(round(1 / alpha, 9)) - 1, len(set(patients))
+    if found < least:
         raise UserError(
-            f"alpha: {alpha:g} takes at least {least} cases, {dataset.root} has {len(chosen)} for calibration; "
-            f"they allow {1 / (len(chosen) + 1):.4f} and more"
+            f"alpha: {alpha:g} takes cases of at least {least} patients, {dataset.root} has {found} for calibration; "
+            f"they allow {1 / (found + 1):.4f} and more"
         )
     check_cases(run, dataset, chosen, cases_from, progress)
 
@@ -100,7 +103,7 @@ def calibrate(
         answered.append(counts[0])
         wrong.append(counts[1])
     of_all, of_wrong = np.stack(answered), np.stack(wrong)  # (cases, 1 + K, thresholds)
-    scopes = [_fit(of_all[:, k], of_wrong[:, k], alpha) for k in range(1 + run.num_classes)]
+    scopes = [_fit(of_all[:, k], of_wrong[:, k], patients, alpha) for k in range(1 + run.num_classes)]
     report = {
         "kind": KIND,
         "run": {"path": str(run_path), **describe_run(run), "weights": weights_digest(run.model)},
@@ -144,38 +147,47 @@ def count_answers(
     return np.concatenate([answered.sum(0)[None], answered]), np.concatenate([wrong.sum(0)[None], wrong])
 
 
-def largest_threshold(errors: NDArray[np.float64], alpha: float) -> int | None:
+def largest_threshold(losses: NDArray[np.float64], alpha: float) -> int | None:
     """Index of the largest threshold that conformal risk control allows, None where it allows none.
 
     Args:
-        errors: (n, thresholds), the error of each case at growing thresholds, in [0, 1].
-        alpha: what the expected error of a new case has to stay within.
+        losses: (n, thresholds), of each patient at growing thresholds: in [0, 1], never falling.
+        alpha: what the expected loss of a new patient has to stay within.
     """
-    envelope = np.maximum.accumulate(errors, axis=1)
-    allowed = np.flatnonzero((envelope.sum(0) + 1) / (len(errors) + 1) <= alpha)
+    allowed = np.flatnonzero((losses.sum(0) + 1) / (len(losses) + 1) <= alpha)
     return int(allowed[-1]) if len(allowed) else None
 
 
-def _fit(answered: NDArray[np.float64], wrong: NDArray[np.float64], alpha: float) -> dict[str, Any]:
+def losses_of(errors: NDArray[np.float64], patients: Sequence[str]) -> NDArray[np.float64]:
+    """Envelopes of the cases' errors (cases, thresholds), averaged over the cases of a patient: (n, thresholds)."""
+    envelope = np.maximum.accumulate(errors, axis=1)
+    names, of = np.unique(np.array(patients), return_inverse=True)
+    total = np.zeros((len(names), errors.shape[1]))
+    np.add.at(total, of, envelope)
+    return total / np.bincount(of)[:, None]
+
+
+def _fit(
+    answered: NDArray[np.float64], wrong: NDArray[np.float64], patients: Sequence[str], alpha: float
+) -> dict[str, Any]:
     """The threshold of one scope from (cases, thresholds); cases without a voxel in it are left out.
 
     Whether a case has one does not depend on the other cases: those that have are exchangeable with a new one that has.
     """
     there = answered[:, -1] > 0
     answered, wrong = answered[there], wrong[there]
+    patients = [name for name, has in zip(patients, there, strict=True) if has]
     errors = np.divide(wrong, answered, out=np.zeros_like(wrong), where=answered > 0)
-    result: dict[str, Any] = {"threshold": None, "cases": len(errors)}
+    result: dict[str, Any] = {"threshold": None, "cases": len(errors), "patients": len(set(patients))}
     if not len(errors):
         return result | {"bound": math.nan, "error": math.nan, "coverage": math.nan, "error_of_all": math.nan}
-    index = largest_threshold(errors, alpha)
-    before = float(errors[:, -1].mean())
+    losses, before = losses_of(errors, patients), float(errors[:, -1].mean())
+    index = largest_threshold(losses, alpha)
     if index is None:  # nothing is answered, and nothing is wrong
-        return result | {"bound": 1 / (len(errors) + 1), "error": 0.0, "coverage": 0.0, "error_of_all": before}
-    envelope = errors[:, : index + 1].max(1)
-    return {
+        return result | {"bound": 1 / (len(losses) + 1), "error": 0.0, "coverage": 0.0, "error_of_all": before}
+    return result | {
         "threshold": float(THRESHOLDS[index]),
-        "cases": len(errors),
-        "bound": float((envelope.sum() + 1) / (len(errors) + 1)),
+        "bound": float((losses[:, index].sum() + 1) / (len(losses) + 1)),
         "error": float(errors[:, index].mean()),
         "coverage": float((answered[:, index] / answered[:, -1]).mean()),
         "error_of_all": before,

@@ -15,6 +15,7 @@ from typing import Any
 import monai
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import sure
 from sure.checkpoint import Run
@@ -24,26 +25,31 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Of every metric over the cases where it is defined: mean, sample standard deviation, number, and interval.
+def interval(values: Sequence[float] | NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
+    """The percentile bootstrap's 95 % interval of a mean, over RESAMPLES samples of the values drawn from `seed`.
 
-    `ci` is the percentile bootstrap's 95 % interval of the mean, over RESAMPLES samples of cases drawn from `seed`;
-    undefined, as the deviation, for fewer than two cases.
+    NaN for fewer than two values, of which no sample tells anything.
     """
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return math.nan, math.nan
+    chosen = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values[chosen].mean(1), (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation, number and `interval` of every metric over the cases where it is defined."""
     summary = {}
     for key in (key for key in rows[0] if key != "name"):
         defined = np.array([row[key] for row in rows if row[key] is not None and not math.isnan(row[key])])
-        mean, std, interval = math.nan, math.nan, (math.nan, math.nan)
-        if len(defined):
-            mean = float(defined.mean())
-        if len(defined) > 1:
-            std = float(defined.std(ddof=1))
-            # Drawn anew for each metric: the same cases give the same samples, whatever else is reported
-            chosen = np.random.default_rng(seed).integers(len(defined), size=(RESAMPLES, len(defined)))
-            tail = (1 - CONFIDENCE) / 2
-            low, high = np.quantile(defined[chosen].mean(1), (tail, 1 - tail))
-            interval = float(low), float(high)
-        summary[key] = {"mean": mean, "std": std, "n": len(defined), "ci": list(interval)}
+        summary[key] = {
+            "mean": float(defined.mean()) if len(defined) else math.nan,
+            "std": float(defined.std(ddof=1)) if len(defined) > 1 else math.nan,
+            "n": len(defined),
+            "ci": list(interval(defined, seed=seed)),
+        }
     return summary
 
 

@@ -10,6 +10,7 @@ from sure.data.loading import (
     load_image,
     load_label,
     normalise,
+    patient_of,
     split_cases,
 )
 from sure.data.nifti import UnreadableError, read_nifti, save_nifti
@@ -30,6 +31,7 @@ __all__ = [
     "load_image",
     "load_label",
     "normalise",
+    "patient_of",
     "phantom",
     "read_nifti",
     "save_nifti",

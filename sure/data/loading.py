@@ -239,15 +239,16 @@ def split_cases(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tupl
     """
     if folds < 2 or not 0 <= fold < folds:
         raise ValueError(f"fold: expected 0 <= fold < folds and folds >= 2, got fold {fold} of {folds}")
-    groups = sorted({_group(case) for case in cases})
+    groups = sorted({patient_of(case) for case in cases})
     if len(groups) < folds:
         raise UserError(f"folds: expected at most one for each case, got {folds} folds for {len(groups)} cases")
     order = np.random.default_rng(seed).permutation(len(groups))
     held = {groups[i] for i in order[fold::folds]}
-    return [c for c in cases if _group(c) not in held], [c for c in cases if _group(c) in held]
+    return [c for c in cases if patient_of(c) not in held], [c for c in cases if patient_of(c) in held]
 
 
-def _group(case: Case) -> str:
+def patient_of(case: Case) -> str:
+    """Whose image it is: the frames of one ACDC patient share a name, any other case is a patient of its own."""
     match = _ACDC_PATIENT.fullmatch(case.name)
     return match[1] if match else case.name
 

@@ -14,7 +14,16 @@ from tiny_run import CLASSES, make_run, write_data
 
 import sure.calibrate
 import sure.predict
-from sure.calibrate import STEPS, THRESHOLDS, Abstention, calibrate, count_answers, largest_threshold, load_calibration
+from sure.calibrate import (
+    STEPS,
+    THRESHOLDS,
+    Abstention,
+    calibrate,
+    count_answers,
+    largest_threshold,
+    load_calibration,
+    losses_of,
+)
 from sure.data import IGNORE, Case, load_case
 from sure.errors import UserError
 from sure.inference import Inference, infer
@@ -62,7 +71,7 @@ def test_the_bound_holds_in_simulation():
 
     errors = []
     for _ in range(trials):
-        index = largest_threshold(draw(n), alpha)
+        index = largest_threshold(losses_of(draw(n), [str(i) for i in range(n)]), alpha)
         errors.append(0.0 if index is None else float(draw(1)[0, index]))
     sem = np.std(errors) / np.sqrt(trials)
     assert np.mean(errors) < alpha + 2 * sem
@@ -72,8 +81,17 @@ def test_the_bound_holds_in_simulation():
 def test_largest_threshold_by_hand():
     errors = np.array([[0.0, 0.1, 0.3, 0.0], [0.0, 0.2, 0.1, 0.4], [0.0, 0.0, 0.0, 0.0]])
     # envelopes end at 0.3, 0.4 and 0: (sum + 1) / 4 is 0.25, 0.325, 0.375, 0.425
-    found = [largest_threshold(errors, alpha) for alpha in (0.2, 0.25, 0.33, 0.4, 0.5)]
+    losses = losses_of(errors, ["a", "b", "c"])
+    found = [largest_threshold(losses, alpha) for alpha in (0.2, 0.25, 0.33, 0.4, 0.5)]
     assert found == [None, 0, 1, 2, 3]
+
+
+def test_cases_of_a_patient_count_once():
+    """Two frames of a patient: one loss, the mean of their envelopes."""
+    errors = np.array([[0.0, 0.4, 0.2], [0.1, 0.1, 0.1], [0.2, 0.0, 0.8]])
+    losses = losses_of(errors, ["p2", "p1", "p2"])
+    np.testing.assert_allclose(losses, [[0.1, 0.1, 0.1], [0.1, 0.3, 0.6]])
+    assert [largest_threshold(losses, alpha) for alpha in (0.39, 0.4, 0.47, 0.57)] == [None, 0, 1, 2]
 
 
 def test_counts_against_brute_force():
@@ -115,7 +133,7 @@ def test_thresholds_are_the_largest_that_the_bound_allows(data, run, calibrated)
     assert any(values["threshold"] not in (None, 1.0) for values in fitted.values())
     for name, values in fitted.items():
         errors = np.array(curves[name])
-        assert values["cases"] == len(errors)
+        assert values["cases"] == values["patients"] == len(errors)
         envelope = np.maximum.accumulate(errors, 1)
         bounds = (envelope.sum(0) + 1) / (len(errors) + 1)
         allowed = np.flatnonzero(bounds <= ALPHA)
@@ -194,7 +212,9 @@ def test_bad_arguments(data, run, calibrated, tmp_path):
     for alpha in (0.0, 1.0, float("nan")):
         with pytest.raises(UserError, match="alpha: expected a number between 0 and 1"):
             calibrate(run.path, data, tmp_path / "c.json", alpha=alpha, progress=False)
-    with pytest.raises(UserError, match=r"alpha: 0.1 takes at least 9 cases, .* has 5 .*they allow 0\.1667 and more"):
+    with pytest.raises(
+        UserError, match=r"alpha: 0.1 takes cases of at least 9 patients, .* has 5 .*they allow 0\.1667 and more"
+    ):
         calibrate(run.path, data, tmp_path / "c.json", progress=False)
     notes = tmp_path / "notes.json"
     notes.write_text('{"mine": 1}')

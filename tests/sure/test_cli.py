@@ -95,7 +95,7 @@ def test_the_whole_way(tmp_path, capsys):
     assert main(["calibrate", run, data, "--alpha", "0.6", "--no-progress"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{run}/calibration.json"
     assert main(["calibrate", run, data, "--alpha", "0.01", "--no-progress"]) == 2
-    assert "alpha: 0.01 takes at least 99 cases" in capsys.readouterr().err
+    assert "alpha: 0.01 takes cases of at least 99 patients" in capsys.readouterr().err
     stored = ["--calibration", f"{run}/calibration.json", "--abstain", "class", "--quantise-uncertainty", "uint8"]
     assert main(["predict", run, str(images[0]), "--out", f"{out}/small", *stored, "--no-progress"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
