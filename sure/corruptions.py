@@ -16,6 +16,7 @@ from typing import Any
 import monai.transforms as mt
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 import sure_kernels as sk
@@ -74,7 +75,9 @@ def _rician(image: Tensor, level: float, seed: int) -> Tensor:
 
 
 def _blur(image: Tensor, level: float, seed: int) -> Tensor:
-    return _tensor(mt.GaussianSmooth(level)(image))
+    # Not MONAI's GaussianSmooth: it takes what lies outside for 0 and so darkens the image towards its border
+    axes = tuple(range(1, image.ndim))
+    return torch.from_numpy(ndimage.gaussian_filter(image.numpy(), level, mode="nearest", axes=axes))
 
 
 def _low_resolution(image: Tensor, level: float, seed: int) -> Tensor:

@@ -88,6 +88,8 @@ def robustness(
                 steps_of = (corrupt.clean, *severities)
                 for i, condition in enumerate(found[name], 1):
                     image = corrupt(loaded.image, steps_of[i], seed_of(seed, case.name, name))
+                    if not bool(torch.isfinite(image).all()):
+                        raise UserError(f"levels: {steps_of[i]:g} of {name} is more than float32 holds ({case.name})")
                     result = infer(run, image[None])
                     maps.append(result.uncertainty)
                     condition.add(case.name, scorer.score(image, result), scorer.response(maps, steps_of[: i + 1]))

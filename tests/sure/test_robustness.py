@@ -10,7 +10,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.transforms import GaussianSmooth
 from scipy import ndimage, stats
+from scipy.interpolate import interpn
 from sklearn.metrics import roc_auc_score
 from tiny_run import make_run, write_data
 
@@ -104,6 +106,37 @@ class TestCorruptions:
         assert float(noise.mean()) == pytest.approx(0.1, abs=0.3 * 4 / math.sqrt(noise.numel()))
         assert float(noise.std()) == pytest.approx(0.3, rel=0.01)
         assert (two - one).numpy() == pytest.approx(np.full(large.shape, 0.8), abs=1e-5)
+
+    def test_blur(self, image):
+        """MONAI's filter, away from the border; a constant stays one up to the border."""
+        lifted = image - image.amin()
+        blurred, other = CORRUPTIONS["blur"].apply(lifted, 1.0, 0), GaussianSmooth(1.0, approx="sampled")(lifted)
+        inner = (0, *[slice(4, -4)] * 3)
+        assert blurred[inner].numpy() == pytest.approx(other[inner].numpy(), abs=2e-3)
+        assert CORRUPTIONS["blur"].apply(torch.ones(2, 6, 5, 4), 2.0, 0).numpy() == pytest.approx(1, abs=1e-6)
+
+    def test_low_resolution_averages(self, image):
+        coarse = CORRUPTIONS["low_resolution"].apply(image, 4.0, 0)[0].double().numpy()
+        blocks = image[0].double().numpy().reshape(5, 4, 4, 4, 3, 4).mean((1, 3, 5))
+        # linear interpolation between the blocks' centres, which lie half way between the two middle voxels
+        at = [np.clip((np.arange(n) + 0.5) / 4 - 0.5, 0, n // 4 - 1) for n in image.shape[1:]]
+        expected = interpn(
+            [np.arange(n // 4) for n in image.shape[1:]], blocks, np.stack(np.meshgrid(*at, indexing="ij"), -1)
+        )
+        assert coarse == pytest.approx(expected, abs=1e-5)
+
+    def test_contrast_and_bias_field(self, image):
+        unit = (image - image.amin()) / (image.amax() - image.amin())
+        gamma = stats.zscore(unit.double().numpy() ** 2.0, axis=None)
+        assert CORRUPTIONS["contrast"](image, 2.0, 0).numpy() == pytest.approx(gamma, abs=1e-4)
+        lifted = image - image.amin() + 1
+        logs = [torch.log(CORRUPTIONS["bias_field"].apply(lifted, level, 3) / lifted) for level in (0.1, 0.4)]
+        assert logs[1].numpy() == pytest.approx(4 * logs[0].numpy(), abs=1e-4)  # the same field, four times as strong
+        axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in image.shape[1:]), indexing="ij")
+        powers = [p for p in itertools.product(range(4), repeat=3) if sum(p) <= 3]
+        terms = np.stack([np.prod([a**k for a, k in zip(axes, p, strict=True)], 0).ravel() for p in powers], 1)
+        rest = np.linalg.lstsq(terms, logs[1].double().numpy().ravel(), rcond=None)[1]
+        assert float(rest[0]) < 1e-6  # a polynomial of degree 3
 
     def test_rician_noise(self, image):
         level, lifted = 0.8, image - image.amin()
@@ -235,6 +268,9 @@ def test_bad_arguments(data, run, tmp_path):
     for levels in ([0.3, 0.1], [0.0], [0.5, 1.0], [math.nan], []):
         with pytest.raises(UserError, match="levels: expected growing numbers above 0 and below 1 for gibbs"):
             robustness(run.path, data, out, corruptions=["gibbs"], levels=levels, progress=False)
+    with pytest.raises(UserError, match=r"levels: 1e\+39 of gaussian_mean is more than float32 holds \(case_0\)"):
+        robustness(run.path, data, out, corruptions=["gaussian_mean"], levels=[1e39], progress=False)
+    assert not out.exists()
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else than an earlier robustness"):
