@@ -22,6 +22,7 @@ from sure.inference import Inference, infer
 from sure.report import figures
 from sure.results import check_replaceable, csv_table, describe_run, environment, plain, summarise, write_json
 from sure.scoring import CaseScorer, pooled
+from sure_kernels import metrics
 
 KIND = "sure evaluation"
 NOISE_MEANS = (0.1, 0.9)
@@ -103,7 +104,11 @@ def evaluate(
         "undefined": undefined,
         "summary": summary,
         "pooled": pooled_values,
-        "reliability": {name: t.tolist() for name, t in together.reliability._asdict().items()},
+        "reliability": _lists(together.reliability),
+        "reliability_per_class": {
+            name: _lists(metrics.Reliability(*(t[k] for t in together.reliability_per_class)))
+            for k, name in enumerate(run.class_names)
+        },
         "pictures": {
             "overlays": {name: f"pictures/case_{name}.png" for name in drawn},
             "planes": {name: f"pictures/case_{name}.npz" for name in drawn},
@@ -183,6 +188,10 @@ def check_cases(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: 
         raise UserError(f"{dataset.root}: {len(faults)} faults:\n{format_faults(faults)}")
     if not chosen:
         raise UserError(f"{dataset.root}: no case to evaluate")
+
+
+def _lists(curve: metrics.Reliability) -> dict[str, list[float]]:
+    return {name: t.tolist() for name, t in curve._asdict().items()}
 
 
 def _planes(case: EvaluationCase, result: Inference) -> tuple[figures.Plane, ...]:

@@ -75,8 +75,8 @@ class CaseScorer:
         self.names, self.spacing = run.class_names, case.spacing
         self._run_dims, self._dims = run.config.spatial_dims, case.image.ndim - 1
         self.valid = case.label != IGNORE  # (1, *spatial), as is the truth
-        self.truth = torch.where(self.valid, case.label.long(), 0)
-        self.distance = self._distance(case.label.long(), max(BOUNDARY, NEAR, FAR))  # (1, 1, *spatial)
+        self.truth = torch.where(self.valid, case.label, 0)
+        self.distance = self._distance(case.label, max(BOUNDARY, NEAR, FAR))  # (1, 1, *spatial)
         self.boundary = (self.distance <= BOUNDARY) & self.valid
         self.near = (self.distance <= NEAR) & self.valid
         self.far = (self.distance > FAR) & self.valid
@@ -142,7 +142,7 @@ class CaseScorer:
 
     def _overlap(self, label: Tensor) -> Measured:
         """Dice of each foreground class and the distances of its surfaces in mm, each with its mean over classes."""
-        label = torch.where(self.valid, label[None].long(), 0)
+        label = torch.where(self.valid, label[None], 0)
         found: dict[str, list[tuple[float, str]]] = {"dice": [], **{key: [] for key in DISTANCE_METRICS}}
         for k in range(1, len(self.names)):
             mine, theirs = label[0] == k, self.truth[0] == k
@@ -169,7 +169,7 @@ class CaseScorer:
 
     def _regions(self, result: Inference) -> Measured:
         """Mean uncertainty on the true boundary, on the predicted one, and far from the true one."""
-        predicted = torch.where(self.valid, result.label[None].long(), IGNORE)
+        predicted = torch.where(self.valid, result.label[None], IGNORE)
         on_predicted = (self._distance(predicted, BOUNDARY) <= BOUNDARY) & self.valid
         for key, region, reason in (
             ("uncertainty_boundary", self.boundary, "the truth has no boundary"),

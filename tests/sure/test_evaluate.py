@@ -147,6 +147,14 @@ def test_files(evaluated):
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["case_0", "case_2"]
     assert float(rows[1]["dice"]) == dice[1]
+    assert list(stored["reliability_per_class"]) == list(CLASSES)
+    for curve in (stored["reliability"], *stored["reliability_per_class"].values()):
+        assert sum(curve["voxels"]) == 2 * math.prod(SHAPE)
+        gaps = [
+            n * abs(p - y) for p, y, n in zip(curve["confidence"], curve["accuracy"], curve["voxels"], strict=True) if n
+        ]
+        assert 0 < sum(gaps) / (2 * math.prod(SHAPE)) < 1
+    assert sum(gaps) / (2 * math.prod(SHAPE)) == pytest.approx(stored["pooled"]["ece/core"])
     pictures = stored["pictures"]
     for name in (*pictures["overlays"].values(), pictures["reliability"], pictures["gradient"]):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
