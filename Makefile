@@ -14,7 +14,7 @@ venv: $(STAMP) ## make or refresh .venv with everything that demo and tests need
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,bench,bundle]"
 	touch $@
 
 demo: venv ## phantoms -> EDL and SURE -> demo/report.html, on the CPU, in minutes

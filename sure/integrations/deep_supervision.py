@@ -1,0 +1,61 @@
+"""SURELoss over the outputs of a network at several resolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sure_kernels as sk
+
+
+class DeepSupervision(nn.Module):
+    """The weighted sum of SURELoss at full resolution and its evidential part at the others.
+
+    Uncertainty is supervised at full resolution alone, where the image's gradients are.
+
+    Args:
+        weights: of the outputs, the finest first; outputs of weight 0 are not looked at.
+        options: of SURELoss.
+    """
+
+    def __init__(self, weights: Sequence[float], **options: Any) -> None:
+        super().__init__()
+        self.weights = tuple(float(w) for w in weights)
+        self.finest = sk.SURELoss(**options)
+        self.coarser = sk.SURELoss(**{**options, "gradient_weight": 0.0, "far_weight": 0.0})
+        self._image: Tensor | None = None
+
+    def set_epoch(self, epoch: float) -> None:
+        """Epoch that the schedules are computed for."""
+        self.finest.set_epoch(epoch)
+        self.coarser.set_epoch(epoch)
+
+    @contextmanager
+    def seeing(self, image: Tensor) -> Iterator[None]:
+        """Calls inside belong to `image`, (N, M, *spatial): for frameworks that call loss(output, target)."""
+        self._image = image
+        try:
+            yield
+        finally:
+            self._image = None
+
+    def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
+        """0-d. `output` logits (N, K, *spatial) and `target` labels (N, 1, *spatial), or one of each a resolution."""
+        outputs, targets = ([x] if isinstance(x, Tensor) else list(x) for x in (output, target))
+        if not len(outputs) == len(targets) <= len(self.weights):
+            found = f"{len(outputs)} and {len(targets)}"
+            raise ValueError(f"output, target: expected as many of each, up to {len(self.weights)}, got {found}")
+        total = outputs[0].new_zeros((), dtype=torch.float32)
+        for i, (logits, labels, weight) in enumerate(zip(outputs, targets, self.weights, strict=False)):
+            if weight:
+                labels = labels.long()  # frameworks hold them as float or int16
+                if i == 0:
+                    image = None if self._image is None else self._image.to(logits.device, non_blocking=True)
+                    total = total + weight * self.finest(logits, labels, image=image)
+                else:
+                    total = total + weight * self.coarser(logits, labels)
+        return total
