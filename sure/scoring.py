@@ -116,18 +116,14 @@ class CaseScorer:
             noised: the map whose difference from the clean one is set against the distance to the boundary.
         """
         rise = (maps[noised] - maps[0])[None]
-        found = metrics.noise_response(
-            [m[None] for m in maps[-2:]], levels[-2:], distance=self.distance, near=NEAR, mask=self.valid,
-            return_reason=True,
-        )  # fmt: skip
-        correlation = metrics.noise_response(
+        found, why = metrics.noise_response(
             [m[None] for m in maps], levels, distance=self.distance, near=NEAR, mask=self.valid, return_reason=True
         )
         values, undefined = {}, {}
         for key, value, reason in (
             *_ranks("d", rise, self.distance, self.near),
-            ("noise_share", *_told(found[0].share[0, 0], found[1].share[0, 0])),
-            ("noise_correlation", *_told(correlation[0].correlation[0], correlation[1].correlation[0])),
+            ("noise_share", *_told(found.share[0, -1], why.share[0, -1])),
+            ("noise_correlation", *_told(found.correlation[0], why.correlation[0])),
         ):
             values[key] = value
             if reason:
