@@ -20,9 +20,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from sure.config import TrainConfig
 from sure.data.layouts import Case
-from sure.data.nifti import read_nifti, spacing_of
+from sure.data.nifti import map_nifti, read_nifti, scaled, spacing_of
 from sure.errors import UserError
 from sure.files import atomic
+
+Moments = Sequence[tuple[float, float]]
 
 IGNORE = 255
 """Label of voxels that count nowhere: padding, and what the data set itself says to ignore."""
@@ -90,23 +92,29 @@ def load_label(case: Case, *, ignore_label: int | None = None) -> NDArray[np.int
         array = array[..., 0]
     if array.ndim not in (2, 3) or array.dtype.kind not in "biuf":
         raise UserError(f"{case.label}: expected a 2D or 3D label map, found {array.dtype} {array.shape}")
+    return _labels(array, ignore_label, case.label)[None]
+
+
+def _labels(array: NDArray[Any], ignore_label: int | None, source: Path) -> NDArray[np.int16]:
     ignored = np.zeros(array.shape, bool) if ignore_label is None else array == ignore_label
     # Written so that NaN fails too.
     sound = ignored | ((array >= 0) & (array < IGNORE) & (array == np.rint(array)))
     if not sound.all():
-        raise UserError(f"{case.label}: expected whole numbers from 0 to {IGNORE - 1}, found {array[~sound][0]:g}")
-    return np.where(ignored, IGNORE, array).astype(np.int16)[None]
+        raise UserError(f"{source}: expected whole numbers from 0 to {IGNORE - 1}, found {array[~sound][0]:g}")
+    return np.where(ignored, IGNORE, array).astype(np.int16)
 
 
-def normalise(image: NDArray[np.float32]) -> NDArray[np.float32]:
+def normalise(image: NDArray[np.float32], moments: Moments | None = None) -> NDArray[np.float32]:
     """z-score of each channel over its volume, `(M, *spatial)` to the same; a constant channel becomes 0.
+
+    Of a part of a volume with the whole's `moments`, mean and standard deviation of each channel.
 
     Not MONAI's NormalizeIntensity: its float32 moments divide a constant image by rounding noise and overflow
     on large intensities.
     """
     normalised = np.empty_like(image)
-    for channel, target in zip(image, normalised, strict=True):
-        mean, std = _moments(channel)
+    moments = [_moments(channel) for channel in image] if moments is None else moments
+    for channel, target, (mean, std) in zip(image, normalised, moments, strict=True):
         if std <= 1e-6 * abs(mean):
             target[...] = 0
             continue
@@ -154,9 +162,10 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
     ) -> None:
         """Read all `cases`, one after another.
 
-        With `cache`, a folder, each is normalised, padded and written there once, uncompressed, and its patches are
-        read by memory map: no more than the patch. What lies there of the same file, size and time of change is used
-        as it is, also by several processes at once.
+        With `cache`, a folder, patches are read by memory map, and of a volume no more than the patch. An uncompressed
+        .nii file, one for all channels and at least as large as a patch, is mapped itself, and what has to be known of
+        the whole goes to the cache; any other is normalised, padded and written there once. What lies there of the
+        same file, size and time of change is used as it is, also by several processes at once.
 
         Raises UserError for none, for unreadable ones, and for 2D images in 3D training.
         """
@@ -224,6 +233,8 @@ class TrainingData(TorchDataset[dict[str, torch.Tensor]]):
             (patch,) = cast(list[dict[str, Any]], self._crop_foreground.set_random_state(crop)(both))
         else:
             patch = self._crop.set_random_state(crop)({k: item[k] for k in ("image", "label")})
+        if "decode" in item:
+            patch = item["decode"](patch)
         if self._config.augment:
             patch = self._augment.set_random_state(augment)(patch)
         tensors = {k: _plain(patch[k]).contiguous() for k in ("image", "label")}
@@ -269,59 +280,106 @@ def _padded_views(
     pad = mt.Compose([mt.SpatialPadd("image", size), mt.SpatialPadd("label", size, value=IGNORE)])
     padded = pad({"image": loaded.image, "label": loaded.label.to(torch.uint8)})
     image, label = (_plain(padded[k]) for k in ("image", "label"))
-    views = (
-        [(image, label)] if ndim == config.spatial_dims else list(zip(image.unbind(-1), label.unbind(-1), strict=True))
-    )
-    flat = (y.flatten() for _, y in views)
-    return views, [torch.nonzero((y > 0) & (y != IGNORE))[:, 0].numpy() for y in flat]
+    views = list(zip(_slices(image, config), _slices(label, config), strict=True))
+    return views, [_foreground(y) for _, y in views]
+
+
+def _slices(volume: torch.Tensor, config: TrainConfig) -> Sequence[torch.Tensor]:
+    """What items are cut from: `(C, *spatial)`, or its slices along the last axis."""
+    return [volume] if volume.ndim - 1 == config.spatial_dims else volume.unbind(-1)
+
+
+def _foreground(label: torch.Tensor) -> NDArray[np.int64]:
+    flat = label.flatten()
+    return torch.nonzero((flat > 0) & (flat != IGNORE))[:, 0].numpy()
 
 
 @dataclass(frozen=True)
 class _Cached:
-    """One view of a case in the cache: the files, which are opened at each use, and so by every worker for itself."""
+    """One view of a case on disk: the files, which are opened at each use, and so by every worker for itself."""
 
-    files: tuple[Path, Path, Path]
+    image: Path
+    label: Path
+    positions: Path
     number: int | None
     """Of the slice; None for the whole."""
     foreground: tuple[int, int]
     case: int
+    moments: Moments | None = None
+    """Where image and label are NIfTI files."""
+    ignore_label: int | None = None
 
 
 def _loaded(item: dict[str, Any] | _Cached) -> dict[str, Any]:
-    """The item's arrays, those of the cache as memory maps."""
+    """The item's arrays, those on disk as memory maps; `decode` turns the numbers in a file into what is trained on."""
     if not isinstance(item, _Cached):
         return item
-    # Copy on write, as torch warns about maps that cannot be written to; nobody does.
-    image, label, foreground = (np.load(path, mmap_mode="c") for path in item.files)
-    if item.number is not None:
-        image, label = image[item.number], label[item.number]
-    return {
-        "image": torch.from_numpy(image),
-        "label": torch.from_numpy(label),
-        "case": item.case,
-        "foreground": foreground[slice(*item.foreground)],
-    }
+    positions = np.load(item.positions, mmap_mode="r")[slice(*item.foreground)]
+    found: dict[str, Any] = {"case": item.case, "foreground": positions}
+    if item.moments is None:
+        maps = {"image": np.load(item.image, mmap_mode="c"), "label": np.load(item.label, mmap_mode="c")}
+        return found | {k: torch.from_numpy(v if item.number is None else v[item.number]) for k, v in maps.items()}
+    image, label = map_nifti(item.image), map_nifti(item.label)
+    if image is None or label is None:
+        raise UserError(f"{item.image}: changed while it was trained on")
+    for key, (stored, _, _) in (("image", image), ("label", label)):
+        channels = _channels_first(stored)
+        found[key] = torch.from_numpy(channels if item.number is None else channels[..., item.number])
+
+    def decode(patch: dict[str, Any]) -> dict[str, Any]:
+        x, y = (scaled(_plain(patch[k]).numpy(), *m[1:]) for k, m in (("image", image), ("label", label)))
+        y = _labels(y, item.ignore_label, item.label).astype(np.uint8)
+        x = normalise(np.ascontiguousarray(x, np.float32), item.moments)
+        return {"image": torch.from_numpy(x), "label": torch.from_numpy(y)}
+
+    return {**found, "decode": decode}
+
+
+def _channels_first(stored: NDArray[Any]) -> NDArray[Any]:
+    return np.moveaxis(stored, 3, 0) if stored.ndim == 4 else stored[None]
+
+
+def _mappable(case: Case, config: TrainConfig) -> bool:
+    """Whether patches can be cut from the case's own files."""
+    if len(case.images) != 1 or case.label is None:
+        return False
+    maps = [map_nifti(case.images[0]), map_nifti(case.label)]
+    shapes = [_channels_first(m[0]).shape[1:] for m in maps if m is not None]
+    # Shorter than a patch, it must be padded.
+    return len(shapes) == 2 and all(n >= w for n, w in zip(shapes[0], config.patch, strict=False))
 
 
 def _cached_views(case: Case, config: TrainConfig, ignore_label: int | None, cache: Path, number: int) -> list[_Cached]:
-    """The views of a case in the cache, written first where they are not there."""
+    """The views of a case on disk; what the cache lacks of them is written first."""
     sources = [path.resolve() for path in (*case.images, case.label) if path is not None]
     known = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
     key = hashlib.sha256(repr((known, config.patch, config.spatial_dims, ignore_label)).encode()).hexdigest()[:16]
-    files = tuple(cache / f"{case.name}-{key}.{part}.npy" for part in ("image", "label", "foreground", "bounds"))
-    if not all(path.is_file() for path in files):
-        views, foreground = _padded_views(case, config, ignore_label)
-        sliced = views[0][0].ndim - 1 < 3 and len(views) > 1
-        image, label = (np.stack([v[i].numpy() for v in views]) if sliced else views[0][i].numpy() for i in (0, 1))
-        bounds = np.cumsum([0, *map(len, foreground)])
+    mapped = _mappable(case, config)
+    parts = ("moments",) if mapped else ("image", "label")
+    files = {part: cache / f"{case.name}-{key}.{part}.npy" for part in (*parts, "foreground", "bounds")}
+    if not all(path.is_file() for path in files.values()):
+        arrays: dict[str, NDArray[Any]] = {}
+        if mapped:
+            arrays["moments"] = np.array([_moments(channel) for channel in load_image(case)[0]])
+            label = torch.from_numpy(load_label(case, ignore_label=ignore_label)).to(torch.uint8)
+            foreground = [_foreground(y) for y in _slices(label, config)]
+        else:
+            views, foreground = _padded_views(case, config, ignore_label)
+            for i, part in enumerate(parts):
+                arrays[part] = np.stack([v[i].numpy() for v in views]) if len(views) > 1 else views[0][i].numpy()
+        arrays |= {"foreground": np.concatenate(foreground), "bounds": np.cumsum([0, *map(len, foreground)])}
         cache.mkdir(parents=True, exist_ok=True)
-        for path, array in zip(files, (image, label, np.concatenate(foreground), bounds), strict=True):
-            with atomic(path) as temporary, temporary.open("wb") as file:
+        for part, array in arrays.items():
+            with atomic(files[part]) as temporary, temporary.open("wb") as file:
                 np.save(file, array)
-    bounds = np.load(files[3]).tolist()
-    sliced = len(bounds) > 2
+    bounds = np.load(files["bounds"]).tolist()
+    # A volume of one slice is cut from its file as any other, but stored as that slice.
+    volume = mapped and config.spatial_dims == 2 and map_nifti(sources[0])[0].ndim > 2  # type: ignore[index]
+    sliced = volume or len(bounds) > 2
+    image_file, label_file = sources if mapped else (files["image"], files["label"])
+    moments = [tuple(m) for m in np.load(files["moments"]).tolist()] if mapped else None
     return [
-        _Cached(files[:3], i if sliced else None, ends, number)  # type: ignore[arg-type]  # three
+        _Cached(image_file, label_file, files["foreground"], i if sliced else None, ends, number, moments, ignore_label)
         for i, ends in enumerate(itertools.pairwise(bounds))
     ]
 

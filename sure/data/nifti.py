@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.volumeutils import apply_read_scaling
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sure.errors import UserError
@@ -75,6 +76,27 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], nib.Nifti
         raise UnreadableError(path, f"bad gzip file ({_one_line(error)})") from error
     except Exception as error:  # nibabel and NumPy raise many kinds on a damaged header
         raise UnreadableError(path, f"cannot be read as NIfTI ({_one_line(error)})") from error
+
+
+def map_nifti(path: Path) -> tuple[NDArray[Any], float, float] | None:
+    """An uncompressed volume as a memory map of the numbers stored, with the slope and intercept that scale them.
+
+    None where there is nothing to map: a compressed file, or numbers that torch has no type for. The file must be one
+    that `read_nifti` reads.
+    """
+    if path.name.endswith(".gz"):
+        return None
+    proxy = cast(nib.Nifti1Image, nib.load(path, mmap="c")).dataobj
+    stored = proxy.get_unscaled()  # type: ignore[attr-defined]  # an ArrayProxy
+    # Copy on write, as torch warns about maps that cannot be written to; nobody does.
+    if not isinstance(stored, np.memmap) or not stored.dtype.isnative or stored.dtype.kind not in "biuf":
+        return None
+    return stored, float(proxy.slope), float(proxy.inter)  # type: ignore[attr-defined]
+
+
+def scaled(stored: NDArray[Any], slope: float, inter: float) -> NDArray[Any]:
+    """What `read_nifti` makes of the numbers stored."""
+    return stored if (slope, inter) == (1.0, 0.0) else apply_read_scaling(stored, slope, inter)
 
 
 def save_nifti(

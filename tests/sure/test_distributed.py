@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -204,6 +205,34 @@ def test_torchrun_trains_the_phantoms(phantoms, tmp_path):
     assert read_checkpoint(checkpoint_path(run, "latest"))["epoch"] == 2
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_process_is_killed(phantoms, tmp_path):
+    """Not after a timeout: the others learn it from their broken connections, and torchrun from its children."""
+    run = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "sure", "train", str(phantoms), "--out", str(run), "--folds", "6", "--epochs", "100000"),
+        *("--batch-size", "2", "--patch-size", "16", "--channels", "4", "8", "--device", "cpu", "--no-progress"),
+    ]
+    torchrun = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint_path(run, "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        ranks = {}
+        for child in children:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks |= {int(v[5:]): int(child) for v in variables if v.startswith(b"RANK=")}
+        os.kill(ranks[1], signal.SIGKILL)
+        assert torchrun.wait(60) == 1
+        assert not Path(f"/proc/{ranks[0]}").exists()
+    finally:
+        torchrun.terminate()
+        torchrun.wait(60)
+    assert read_checkpoint(checkpoint_path(run, "latest"))["epoch"] > 0
 
 
 def test_half_set_environments_and_other_commands(phantoms, tmp_path, monkeypatch, capsys):

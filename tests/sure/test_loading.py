@@ -382,36 +382,83 @@ def test_real_images_of_any_scale_become_patches():
         assert (item["label"] == 1).any()
 
 
+def plain_files(
+    folder: Path, shape: tuple[int, ...], dtype: type | str, scale: float | None, channels: int = 1
+) -> Case:
+    """An uncompressed case, stored with a scale where one is given."""
+    rng = np.random.default_rng(3)
+    size = shape if channels == 1 else (*shape, channels)
+    header = nib.Nifti1Header(endianness="<" if np.dtype(dtype).isnative else ">")
+    image = nib.Nifti1Image(rng.integers(0, 200, size).astype(dtype), np.eye(4), header, dtype=dtype)
+    if scale is not None:
+        image.header.set_slope_inter(scale, 7)
+    label = nib.Nifti1Image(rng.integers(0, 4, shape).astype(np.int16), np.eye(4))
+    folder.mkdir()
+    for name, stored in (("image.nii", image), ("label.nii", label)):
+        stored.to_filename(folder / name)
+    return Case(folder.name, (folder / "image.nii",), folder / "label.nii")
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_cache_gives_the_same_items(tmp_path, dims):
-    """Larger and smaller than a patch, and with other channels of numbers: bit for bit what memory gives."""
-    cases = [make_case(tmp_path, "a", (20, 18, 9)), make_case(tmp_path, "b", (9, 30, 12))]
+    """Compressed or not, larger and smaller than a patch, scaled, of other types: bit for bit what memory gives."""
+    cases = [
+        make_case(tmp_path, "a", (20, 18, 9)),
+        make_case(tmp_path, "b", (9, 30, 12)),
+        plain_files(tmp_path / "c", (20, 18, 17), np.uint8, None),
+        plain_files(tmp_path / "d", (20, 18, 17), np.int16, 0.37),
+        plain_files(tmp_path / "e", (20, 18, 17), ">i2", None),
+        plain_files(tmp_path / "f", (20, 18, 1), np.float32, None),
+    ]
     settings = config(spatial_dims=dims, patch_size=(16,), patches_per_image=3)
-    expected = TrainingData(cases, settings)
-    first = TrainingData(cases, settings, cache=tmp_path / "cache")
+    expected = TrainingData(cases, settings, ignore_label=3)
+    first = TrainingData(cases, settings, ignore_label=3, cache=tmp_path / "cache")
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
-    again = TrainingData(cases, settings, cache=tmp_path / "cache")
+    again = TrainingData(cases, settings, ignore_label=3, cache=tmp_path / "cache")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == files
-    assert len(files) == 8
+    mapped = sorted(p.name[0] for p in files if ".moments." in p.name)
+    assert mapped == (["c", "d", "f"] if dims == 2 else ["c", "d"])  # e has no native order, f no 16 slices
+    assert len(files) == 3 * len(mapped) + 4 * (len(cases) - len(mapped))
     for data in (first, again):
         assert data.channels == expected.channels
-        for index in range(0, len(expected), 1 if dims == 3 else 7):
+        assert len(data) == len(expected)
+        for index in range(0, len(expected), 1 if dims == 3 else 5):
             for key, value in expected[index].items():
                 assert torch.equal(data[index][key], value), key
     # A changed file is read again.
     image = cases[0].images[0]
     nib.save(nib.Nifti1Image(np.asarray(nib.load(image).dataobj) * 2 + 1, np.eye(4)), image)
-    TrainingData(cases, settings, cache=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 12
+    TrainingData(cases, settings, ignore_label=3, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == len(files) + 4
 
 
-def test_a_patch_of_the_cache_reads_no_more_than_itself(tmp_path):
+def test_channels_in_one_plain_file_are_mapped(tmp_path):
+    case = plain_files(tmp_path / "c", (20, 18, 17), np.int16, None, channels=2)
+    settings = config(patch_size=(16,), patches_per_image=4)
+    expected, data = TrainingData([case], settings), TrainingData([case], settings, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*.moments.npy"))
+    for mine, theirs in zip(items(data, 1), items(expected, 1), strict=True):
+        assert mine["image"].shape == (2, 16, 16, 16)
+        assert equal([mine], [theirs])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_patch_from_disk_reads_no_more_than_itself(tmp_path, plain):
     """A volume of 2 GB, none of it on disk but holes: what a patch takes of it is far less."""
-    data = TrainingData([make_case(tmp_path)], config(patch_size=(16,), patches_per_image=1), cache=tmp_path / "cache")
-    shape = (1, 1024, 1024, 512)
-    paths = [next((tmp_path / "cache").glob(f"*.{part}.npy")) for part in ("image", "label")]
-    for path, dtype in zip(paths, (np.float32, np.uint8), strict=True):
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
+    case = plain_files(tmp_path / "p", (20, 18, 17), np.float32, None) if plain else make_case(tmp_path)
+    data = TrainingData([case], config(patch_size=(16,), patches_per_image=1), cache=tmp_path / "cache")
+    shape = (1024, 1024, 512)
+    for part, dtype in (("image", np.float32), ("label", np.uint8)):
+        if plain:
+            header = nib.Nifti1Header()
+            header.set_data_dtype(dtype)
+            header.set_data_shape(shape)
+            with (tmp_path / "p" / f"{part}.nii").open("wb") as file:
+                header.write_to(file)
+                file.truncate(352 + np.dtype(dtype).itemsize * np.prod(shape, dtype=int))
+        else:
+            path = next((tmp_path / "cache").glob(f"*.{part}.npy"))
+            np.lib.format.open_memmap(path, "w+", dtype, (1, *shape))
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
