@@ -100,7 +100,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         # After an error the others may wait for this process: it ends, and does not wait for them.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's file and advice
         raise UserError(f"lost another process of the run, whose own message says why ({reason})") from error
     if mine:
         dist.destroy_process_group()

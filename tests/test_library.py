@@ -168,7 +168,7 @@ def test_full_graph_compilation(op):
 
 def test_a_weight_may_change_under_compilation():
     """As schedules change it from epoch to epoch: the second value makes it a symbol, and no graph breaks."""
-    logits, target, _ = (x[1:] for x in joined_batch())
+    logits, target, _ = (x[1:] for x in joined_batch("like the rest"))
     traced = torch.compile(sk.evidential_loss, fullgraph=True, backend="aot_eager")
     for weight in (0.1, 0.2, 0.7):
         expected = sk.evidential_loss(logits, target, kl_weight=weight)
