@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import tolerances
 import torch
 import torch.multiprocessing as mp
 
@@ -291,17 +292,17 @@ LOSSES = {
 }
 
 
-def one_rank(rank: int, port: int, folder: str) -> None:
+def one_rank(rank: int, port: int, folder: str, backends: tuple[str, ...], names: tuple[str, ...], dtype) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     shard = slice(0, 1) if rank == 0 else slice(1, 3)
     group = torch.distributed.group.WORLD
     out = {}
-    for kind, namespace, name in itertools.product(FIRST_RANKS, ("eager", "reference"), LOSSES):
+    for kind, namespace, name in itertools.product(FIRST_RANKS, backends, names):
         with sk.backend(namespace):
             logits, target, image = (t[shard] for t in joined_batch(kind))
-            leaf = logits.clone().requires_grad_()
-            loss = LOSSES[name](leaf, target, image, process_group=group)
+            leaf = logits.to(dtype).requires_grad_()
+            loss = LOSSES[name](leaf, target, image.to(dtype), process_group=group)
             loss.backward()
             # What DistributedDataParallel's averaging makes of it.
             out[kind, namespace, name] = (loss.detach(), leaf.grad / 2)
@@ -314,26 +315,62 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path):
+def two_ranks(folder: Path, backends: tuple[str, ...], names: tuple[str, ...], dtype: torch.dtype) -> list[dict]:
+    """What each of two processes finds."""
     import socket
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    mp.spawn(one_rank, (port, str(folder), backends, names, dtype), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def on_joined_batch(kind: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient of one process, float64."""
+    logits, target, image = joined_batch(kind)
+    leaf = logits.clone().requires_grad_()
+    expected = LOSSES[name](leaf, target, image)
+    expected.backward()
+    assert float(expected.detach()) > 0
+    return expected.detach(), leaf.grad
+
+
+def test_two_processes_are_one(tmp_path):
+    ranks = two_ranks(tmp_path, ("eager", "reference"), tuple(LOSSES), torch.float64)
     for kind, namespace, name in itertools.product(FIRST_RANKS, ("eager", "reference"), LOSSES):
         with sk.backend(namespace):
-            logits, target, image = joined_batch(kind)
-            leaf = logits.clone().requires_grad_()
-            expected = LOSSES[name](leaf, target, image)
-            expected.backward()
-        assert float(expected.detach()) > 0
+            expected, expected_gradient = on_joined_batch(kind, name)
         for rank in ranks:
-            torch.testing.assert_close(rank[kind, namespace, name][0], expected.detach(), rtol=1e-12, atol=0)
+            torch.testing.assert_close(rank[kind, namespace, name][0], expected, rtol=1e-12, atol=0)
         gradient = torch.cat([r[kind, namespace, name][1] for r in ranks])
-        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
     # Each rank draws pairs of its own images: theirs is the mean over all three.
     expected = (ranks[0]["alone"] + 2 * ranks[1]["alone"]) / 3
     for rank in ranks:
         torch.testing.assert_close(rank["sampled"], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "names"),
+    [
+        ("compiled", ("evidential", "supervised", "exact", "correlation")),
+        ("triton", ("evidential", "supervised", "exact", "ranking", "covariance", "noise", "noise at points")),
+    ],
+)
+def test_two_processes_are_one_in_float32(tmp_path, monkeypatch, backend, names):
+    """The backends without float64, Triton in its interpreter, against the reference on the joined batch."""
+    if backend == "triton":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ranks = two_ranks(tmp_path, (backend,), names, torch.float32)
+    for kind, name in itertools.product(FIRST_RANKS, names):
+        with sk.backend("reference"):
+            expected, expected_gradient = on_joined_batch(kind, name)
+        for rank in ranks:
+            torch.testing.assert_close(
+                rank[kind, backend, name][0].double(), expected, rtol=tolerances.FLOAT32_VALUE, atol=0
+            )
+        gradient = torch.cat([r[kind, backend, name][1] for r in ranks]).double()
+        bound = tolerances.FLOAT32_GRADIENT * float(expected_gradient.abs().max())
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=bound)
