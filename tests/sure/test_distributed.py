@@ -21,8 +21,9 @@ from sure import train as training
 from sure.checkpoint import checkpoint_path, read_checkpoint
 from sure.config import TrainConfig
 from sure.data import IGNORE, write_phantoms
-from sure.distributed import Processes
+from sure.distributed import Processes, local_part, shard
 from sure.errors import SharedError, UserError
+from sure.models import build_model
 from sure.objective import build_objective
 from sure.train import train
 
@@ -92,6 +93,10 @@ def one_rank(rank: int, data: Path, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     for name, (config, options) in RUNS.items():
         train(data, folder / name, config, device="cpu", progress=False, cache=folder / "cache", **options)
+    model = build_model(TINY, 1, 4)
+    shard(model, dist.group.WORLD)
+    sizes = [sum(part(p).numel() for p in model.parameters()) for part in (local_part, torch.Tensor.detach)]
+    (folder / f"sizes {rank}").write_text(json.dumps(sizes))
     interrupted_after(1, data, folder / "resumed", TINY)
     train(data, folder / "resumed", TINY, device="cpu", progress=False, resume=True, fsdp=True)
     for config in (replace(TINY, batch_size=3), replace(TINY, fold=5)):  # not to be shared; not the run to resume
@@ -151,6 +156,12 @@ def test_every_form_trains(both):
         assert read_checkpoint(checkpoint_path(both / name, "latest"))["epoch"] == config.epochs
         assert all(bool(torch.isfinite(v).all()) for v in weights(both / name).values())
         assert json.loads((both / name / "environment.json").read_text())["processes"] == 2
+
+
+def test_fsdp_shares_the_weights_out(both):
+    (mine, whole), (theirs, _) = (json.loads((both / f"sizes {rank}").read_text()) for rank in range(2))
+    assert mine + theirs == whole
+    assert max(mine, theirs) < 0.8 * whole
 
 
 def test_resumed_in_another_form(both):

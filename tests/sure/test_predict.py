@@ -15,6 +15,8 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from tiny_run import AFFINE, SHAPE, make_run, write_case, write_data
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sure.predict
 import sure_kernels as sk
@@ -57,6 +59,25 @@ def use_run(monkeypatch, tmp_path):
 
 
 class TestInfer:
+    def test_no_tensor_holds_all_classes_of_a_volume(self, tmp_path):
+        """But for one of as many planes as a window is wide."""
+
+        class Largest(TorchDispatchMode):
+            numel = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                for x in pytree.tree_leaves(out):
+                    self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+                return out
+
+        run, plane = make_run(tmp_path), 24 * 20
+        image = torch.randn((1, 1, 40, 24, 20))
+        with Largest() as seen:
+            planes = sum(len(slab.label) for _, slab in inference.infer_slabs(run, image))
+        assert planes == 40
+        assert seen.numel == 3 * 16 * plane  # the ring of sums; the whole would be 3 * 40 * plane
+
     @pytest.mark.parametrize("loss", ["edl", "dice_ce"])
     @pytest.mark.parametrize("shape", [SHAPE, (16, 16, 16), (41, 16, 30), (7, 33, 9), (57, 40, 33)])
     def test_slabs_are_monais_sliding_windows(self, tmp_path, loss, shape):
