@@ -60,7 +60,7 @@ def use_run(monkeypatch, tmp_path):
 
 class TestInfer:
     def test_no_tensor_holds_all_classes_of_a_volume(self, tmp_path):
-        """But for one of as many planes as a window is wide."""
+        """The largest are the ring of sums, as many planes as a window is wide, and a batch of windows."""
 
         class Largest(TorchDispatchMode):
             numel = 0
@@ -76,7 +76,7 @@ class TestInfer:
         with Largest() as seen:
             planes = sum(len(slab.label) for _, slab in inference.infer_slabs(run, image))
         assert planes == 40
-        assert seen.numel == 3 * 16 * plane  # the ring of sums; the whole would be 3 * 40 * plane
+        assert seen.numel == max(3 * 16 * plane, 2 * 3 * 16**3) < 3 * 40 * plane / 2
 
     @pytest.mark.parametrize("loss", ["edl", "dice_ce"])
     @pytest.mark.parametrize("shape", [SHAPE, (16, 16, 16), (41, 16, 30), (7, 33, 9), (57, 40, 33)])
