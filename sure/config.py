@@ -43,8 +43,8 @@ class TrainConfig:
     """auto: instance; for attention_unet MONAI has batch alone, for segresnet its group norm."""
     dropout: float = 0.0
     checkpoint_activations: bool = False
-    """Keep what enters a block instead of all that it computes, and compute it again for the gradient: less memory, a
-    third more time, the same weights."""
+    """Keep what enters a block instead of all that it computes, and compute it again for the gradient: less memory,
+    more time, the same weights."""
 
     # Objective
     loss: Literal["sure", "edl", "dice_ce"] = "sure"
