@@ -239,6 +239,47 @@ def calibrate(
     print(run / "calibration.json" if out is None else out)
 
 
+def _compare_command(defaults: TrainConfig) -> Callable[..., None]:
+    """`sure compare` with the settings of --config as defaults of its flags."""
+
+    def compare(
+        data: tyro.conf.Positional[DataRoot],
+        /,
+        out: Path,
+        arms: tuple[str, ...] = ("edl", "sure"),
+        run_folds: tuple[int, ...] | None = None,
+        preset: str | None = None,
+        config: Path | None = None,
+        device: str = "auto",
+        workers: int = 0,
+        progress: bool = True,
+        settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults,
+    ) -> None:
+        """Train, evaluate and sweep several losses on the same folds; one table of paired differences.
+
+        Args:
+            data: data set folder.
+            out: folder for runs, evaluations, sweeps and comparison.json, .csv, .md and .png; what is there is used.
+            arms: losses (edl, sure, dice_ce), presets or YAML files of settings; the first is what the others are
+                compared with.
+            run_folds: which folds; all of them unless given.
+            preset: settings that all arms start from.
+            config: YAML file of the settings below; goes before the preset, flags go before it.
+            device: auto, cpu, cuda, cuda:1, ...
+            workers: processes that prepare patches.
+            progress: show progress bars.
+            settings: what all arms share.
+        """
+        from sure.compare import compare as run
+        from sure.compare import markdown
+
+        options: dict[str, Any] = {"folds": run_folds, "device": device, "workers": workers, "progress": progress}
+        print(markdown(run(data, out, arms, settings, **options)))
+        print(out)
+
+    return compare
+
+
 def predict(
     run: tyro.conf.Positional[RunFolder],
     images: tyro.conf.Positional[tuple[Path, ...]],
@@ -316,6 +357,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "robustness": robustness,
     "calibrate": calibrate,
+    "compare": _compare_command(TrainConfig()),
     "predict": predict,
     "report": report,
     "doctor": doctor,
@@ -350,7 +392,8 @@ def _dispatch(args: list[str]) -> Any:
     name, rest = args[0], args[1:]
     if name != "train" and _several():
         raise SharedError(f"`sure {name}` runs in one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} (torchrun?)")
-    command = _train_command(_settings(rest)) if name == "train" else COMMANDS[name]
+    with_settings = {"train": _train_command, "compare": _compare_command}
+    command = with_settings[name](_settings(rest)) if name in with_settings else COMMANDS[name]
     return tyro.cli(command, prog=f"sure {name}", args=rest)
 
 

@@ -293,3 +293,39 @@ def load_planes(path: Path) -> tuple[Plane, ...]:
             )
             for i in range(count)
         )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a comparison: per fold the relation and the error detection, and curves over the noise by metric."""
+
+    relation: Sequence[float]
+    detection: Sequence[float]
+    curves: Mapping[str, Sequence[float]]
+
+
+def comparison(arms: Mapping[str, Arm], levels: Sequence[str]) -> Figure:
+    """Relation against error detection on clean images, and a panel per metric over the levels of noise.
+
+    Args:
+        arms: by name, the one that others are compared with first.
+        levels: names of the conditions, the clean one first.
+    """
+    metrics = list(next(iter(arms.values())).curves)
+    figure = Figure(figsize=(3.6 * (1 + len(metrics)), 3.6), dpi=_DPI, layout="constrained")
+    trade, *panels = figure.subplots(1, 1 + len(metrics))
+    for i, (name, arm) in enumerate(arms.items()):
+        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "marker": "os^Dv"[i % 5]}
+        trade.scatter(arm.relation, arm.detection, s=14, alpha=0.5, **style)
+        trade.scatter([np.nanmean(arm.relation)], [np.nanmean(arm.detection)], s=60, label=name, **style)
+        for panel, metric in zip(panels, metrics, strict=True):
+            panel.plot(range(len(levels)), arm.curves[metric], ms=4.5, lw=1.6, ls=("-", "--")[i % 2], **style)
+    trade.set_xlabel("correlation of uncertainty and image gradient", **_FONT)
+    trade.set_ylabel("uncertainty-error overlap", **_FONT)
+    for panel, metric in zip(panels, metrics, strict=True):
+        panel.set_title(metric, loc="left", fontsize=10, color=INK)
+        panel.set_xticks(range(len(levels)), levels)
+        panel.set_xlabel("mean of the noise", **_FONT)
+    figure.legend(loc="outside lower center", ncols=len(arms), frameon=False, fontsize=8.5, labelcolor=INK)
+    _plain(trade, *panels)
+    return figure
