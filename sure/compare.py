@@ -32,7 +32,7 @@ KIND = "sure comparison"
 LOSSES = ("edl", "sure", "dice_ce")
 PROTOCOL = ("dice", "hd95", "ece", "ueo", "ucc_g", "ur_g", "ucc_d", "ur_d")
 """Metrics at the head of every table; the others follow."""
-LEVELS = {"gaussian_mean": (0.1, 0.3, 0.5, 0.7, 0.9)}
+SWEEPS = ("gaussian_mean",)
 """The published noise sweep."""
 
 Table = dict[str, dict[str, dict[str, float | None]]]
@@ -152,7 +152,7 @@ def _scored(run: Path, data: Path, out: Path, name: Path, device: torch.device, 
     if (sweep / "robustness.json").is_file():
         report = json.loads((sweep / "robustness.json").read_text(encoding="utf-8"))
     else:
-        report = robustness(run, data, sweep, corruptions=tuple(LEVELS), device=device, progress=progress)
+        report = robustness(run, data, sweep, corruptions=SWEEPS, device=device, progress=progress)
     table = {"clean": _by_metric(report["clean"]["cases"])}
     for corruption in report["corruptions"]:
         for level in corruption["levels"]:
