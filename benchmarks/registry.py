@@ -185,6 +185,32 @@ def _torchmetrics_calibration() -> Function:
     return call
 
 
+def _sklearn_auroc() -> Function:
+    from sklearn.metrics import roc_auc_score
+
+    return lambda u, error: torch.tensor(roc_auc_score(error.flatten().numpy(), u.flatten().numpy()))
+
+
+def _textbook_noise(clean: Tensor, noisy: Tensor, distance: Tensor, **_: Any) -> Tensor:
+    """The noise losses at every voxel, term by term."""
+    return sk.reference.noise_uncertainty_loss(clean, [noisy], [1.0], distance, weights=(1.0, 0.0, 1.0))
+
+
+def _noised(g: torch.Generator, s: Setting) -> Arguments:
+    clean, noisy = (torch.rand((s.batch, 1, *s.shape), generator=g) for _ in range(2))
+    distance = sk.boundary_distance(_example("boundary_distance")(g, s)[0][0], max_distance=4.0)
+    return (clean, noisy, distance), {}
+
+
+def _noise_loss(clean: Tensor, noisy: Tensor, distance: Tensor) -> Tensor:
+    return sk.noise_uncertainty_loss(clean, [noisy], [1.0], distance, weights=(1.0, 0.0, 1.0))
+
+
+def _errors(g: torch.Generator, s: Setting) -> Arguments:
+    u = torch.rand((s.batch, 1, *s.shape), generator=g)
+    return (u, torch.rand(u.shape, generator=g) < 0.2 * u), {}
+
+
 def _points(g: torch.Generator, s: Setting) -> Arguments:
     n = s.shape[0] * s.shape[1] * s.shape[2]
     x = torch.rand((1, n), generator=g)
@@ -257,6 +283,24 @@ CASES = (
         lambda args: 3 * _size(args[0]) + _size(args[1]),
         sweeps=("volume",),
         most=_PAIRS_LIMIT,
+    ),
+    Case(
+        "noise_uncertainty_loss",
+        _noised,
+        _noise_loss,
+        {"textbook": lambda: _textbook_noise},
+        lambda args: 5 * _size(args[0]) + 2 * _size(args[2]),
+        sweeps=("volume", "patches"),
+        most=_TEXTBOOK_LIMIT,
+    ),
+    Case(
+        "metrics.error_detection_auroc",
+        _errors,
+        sk.metrics.error_detection_auroc,
+        {"scikit-learn roc_auc_score": lambda: _sklearn_auroc()},
+        lambda args: _size(args[0]) + _size(args[1]),
+        differentiable=False,
+        sweeps=("volume",),
     ),
     Case(
         "metrics.uncertainty_correlation",

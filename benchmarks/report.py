@@ -27,24 +27,32 @@ def _milliseconds(seconds: float) -> str:
 def table(rows: Iterable[Row]) -> list[str]:
     """Lines of a Markdown table."""
     lines = [
-        "| op | shape | form | forward | backward | both (fastest to slowest) | kept | peak | GB/s | of copying |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| op | shape | form | forward | backward | both (fastest, slowest) | ours | kept | peak | GB/s | of copying |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    rows = list(rows)
+    ours = {_same(row): row["both"]["median"] for row in rows if row["form"] == OURS and "both" in row}
     for row in rows:
         shape = "x".join(map(str, row["shape"])) + ("" if row["dtype"] == "float32" else f" {row['dtype']}")
         begin = f"| `{row['op']}` | {shape} | {_form(row)} |"
         if "absent" in row:
-            lines.append(f"{begin} {row['absent']} | | | | | | |")
+            lines.append(f"{begin} {row['absent']} | | | | | | | |")
             continue
         both = row["both"]
         parts = [_milliseconds(row[part]["median"]) if part in row else "" for part in ("forward", "backward")]
         spread = f"{_milliseconds(both['fastest'])} to {_milliseconds(both['slowest'])}"
         kept = f"{row['kept']:.2f}" if "kept" in row else ""
+        faster = f"{both['median'] / ours[_same(row)]:.1f} x" if row["form"] != OURS and _same(row) in ours else ""
         lines.append(
-            f"{begin} {parts[0]} | {parts[1]} | {_milliseconds(both['median'])} ({spread}) | {kept} "
+            f"{begin} {parts[0]} | {parts[1]} | {_milliseconds(both['median'])} ({spread}) | {faster} | {kept} "
             f"| {row['peak']:.2f} | {row['gigabytes_per_second']:.1f} | {100 * row['share_of_copy']:.0f} % |"
         )
     return lines
+
+
+def _same(row: Row) -> tuple[Any, ...]:
+    """What rows of different forms share."""
+    return row["op"], row["sweep"], tuple(row["shape"]), row["dtype"]
 
 
 def _headline(rows: Iterable[Row]) -> list[Row]:
@@ -70,10 +78,11 @@ def page(files: Iterable[Path]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m benchmarks plot` from the files in `results/`; do not edit. Times are medians. *Kept* is",
-        "what autograd holds for backward and *peak* the most that was held beyond the arguments, both in units of the",
-        "first argument. *GB/s* counts what forward and backward must read and write; *of copying* is its share of the",
-        "bandwidth of a plain copy, measured in the same run: the floor of an op that memory binds.",
+        "Made by `python -m benchmarks plot` from the files in `results/`; do not edit. Times are medians. *Ours*",
+        "is how many times faster sure_kernels is than the row. *Kept* is what autograd holds for backward and",
+        "*peak* the most that was held beyond the arguments, both in units of the first argument. *GB/s* counts",
+        "what forward and backward must read and write; *of copying* is its share of the bandwidth of a plain",
+        "copy, measured in the same run: the floor of an op that memory binds.",
     ]
     for path in files:
         found = results.read(path)
@@ -96,6 +105,8 @@ def page(files: Iterable[Path]) -> str:
             lines += [*_training(found["training"]), ""]
         if "steps" in found:
             lines += [*_steps(found["steps"]), ""]
+        if "first_call" in found:
+            lines += [*_first_call(found["first_call"]), ""]
         lines += ["<details><summary>All rows</summary>", "", *table(found["rows"]), "", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -122,6 +133,17 @@ def _steps(found: dict[str, Any]) -> list[str]:
             f"| {steps.TITLES[name]} | {_milliseconds(ours)} | {_milliseconds(theirs)} | {theirs / ours:.0f} x |"
         )
     return [*lines, "", "The published programs were timed on two cores of another machine of the same kind."]
+
+
+def _first_call(found: dict[str, Any]) -> list[str]:
+    return [
+        "The first loss and gradient of a process: "
+        + "; ".join(
+            f"`{op}` {times['warm']:.1f} s, and {times['cold']:.0f} s once on a machine, while its kernels are compiled"
+            for op, times in found.items()
+        )
+        + "."
+    ]
 
 
 def _plot_name(path: Path) -> str:

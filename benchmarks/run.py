@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sure_kernels as sk
-from benchmarks import measure, results, steps, training
+from benchmarks import first_call, measure, results, steps, training
 from benchmarks.registry import CASES, OURS, QUICK, SETTINGS, Case, Function, Setting, case_of, forms_of
 
 # Bytes that a form may need at its peak, as a multiple of its first argument, before it is tried at all.
@@ -111,6 +111,8 @@ def measure_all(
     if not quick and ops is None:
         found["training"] = training.shares(device)
         found["steps"] = steps.seconds(device)
+        if device.type == "cpu":
+            found["first_call"] = first_call.seconds()
         if out is not None:
             results.write(found, out)
     return found

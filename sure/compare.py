@@ -242,7 +242,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {', '.join(arms[1:])} against {arms[0]}",
         "",
-        f"{report['dataset']}, folds {folds}. Mean ± standard deviation over the folds; differences from {arms[0]},"
+        f"{report['dataset']}, folds {folds}. Mean ± standard deviation over the folds; differences from {arms[0]}, "
         "paired by case, with the 95 % interval of a bootstrap over cases.",
     ]
     for condition in report["conditions"]:
