@@ -64,6 +64,28 @@ def _headline(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
+def _verdict(rows: Iterable[Row]) -> list[str]:
+    """How the textbook forms fare in all of their rows."""
+    rows = list(rows)
+    ours = {_same(row): row["both"]["median"] for row in rows if row["form"] == OURS and "both" in row}
+    lines = []
+    for form in ("textbook", "textbook, torch.compile"):
+        ratios = {
+            f"`{row['op']}` {'x'.join(map(str, row['shape']))} {row['dtype']}": row["both"]["median"] / ours[_same(row)]
+            for row in rows
+            if row["form"] == form and "both" in row and _same(row) in ours
+        }
+        if not ratios:
+            continue
+        slower = [f"{name} ({ratio:.2f} x)" for name, ratio in ratios.items() if ratio < 1]
+        found = f"slower in {len(slower)}: {', '.join(slower)}" if slower else "slower in none"
+        lines.append(
+            f"Against the {form} form, in {len(ratios)} rows: {min(ratios.values()):.1f} to {max(ratios.values()):.0f} "
+            f"times faster, {found}."
+        )
+    return lines
+
+
 def _voxels(row: Row) -> int:
     n, *rest = row["shape"]
     spatial = rest if len(rest) in (1, 2) else rest[-3:]
@@ -97,7 +119,7 @@ def page(files: Iterable[Path]) -> str:
             *("", f"## {where}", ""),
             f"{machine['date']}, commit {machine['commit']}, {versions}; a copy moves "
             f"{machine['copy_bandwidth'] / 1e9:.1f} GB/s.",
-            *("", *table(_headline(found["rows"])), ""),
+            *("", *table(_headline(found["rows"])), "", *_verdict(found["rows"]), ""),
             f"![Time against volume](../docs/images/{_plot_name(path)})",
             "",
         ]

@@ -79,6 +79,7 @@ def test_page_plot_and_comparison(found, tmp_path):
     page = report.page([path])
     assert "| `evidential_loss` | 1x3x16x16x20 | textbook |" in page
     assert "No module named" in page
+    assert "Against the textbook form, in 1 rows:" in page
     assert report.plot(path, tmp_path).stat().st_size > 1000
     slower = copy.deepcopy(found)
     slower["rows"][0]["both"]["median"] *= 3
