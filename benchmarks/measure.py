@@ -14,7 +14,7 @@ from torch import Tensor
 # Bytes that are copied to find the bandwidth.
 _COPIED = 1 << 28
 # A measurement stops after so many repetitions, or seconds with at least three of them.
-_REPEATS, _SECONDS = 20, 4.0
+_REPEATS, _SECONDS = 20, 2.0
 
 
 def synchronise(device: torch.device) -> None:

@@ -42,6 +42,9 @@ SETTINGS = (
     *(_cube("dtype", 128, dtype=d) for d in (torch.bfloat16, torch.float16)),
 )
 QUICK = (_cube("volume", 32), _cube("volume", 64))
+# Compiling takes longer than measuring: these forms are measured where the comparison is looked for.
+COMPILED_TEXTBOOK = "textbook, torch.compile"
+COMPILED_AT = tuple(_cube("volume", n) for n in (32, 64, 128))
 # The row that the README quotes.
 HEADLINE = _cube("volume", 128)
 
@@ -112,7 +115,7 @@ def _compiled_textbook(op: str) -> Peer:
 
 
 def _forms(op: str) -> dict[str, Peer]:
-    return {"textbook": _textbook(op), "textbook, torch.compile": _compiled_textbook(op)}
+    return {"textbook": _textbook(op), COMPILED_TEXTBOOK: _compiled_textbook(op)}
 
 
 def _monai(name: str, **options: Any) -> Peer:
@@ -223,7 +226,7 @@ def _probabilities(g: torch.Generator, s: Setting) -> Arguments:
 
 
 # A textbook loss holds some twelve times its logits; a whole pairwise ranking n^2 pairs.
-_TEXTBOOK_LIMIT = {"textbook": 256**3, "textbook, torch.compile": 256**3}
+_TEXTBOOK_LIMIT = {"textbook": 192**3}
 _PAIRS_LIMIT = {"textbook": 4096}
 
 CASES = (

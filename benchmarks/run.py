@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +13,22 @@ from torch import Tensor
 
 import sure_kernels as sk
 from benchmarks import first_call, measure, results, steps, training
-from benchmarks.registry import CASES, OURS, QUICK, SETTINGS, Case, Function, Setting, case_of, forms_of
+from benchmarks.registry import (
+    CASES,
+    COMPILED_AT,
+    COMPILED_TEXTBOOK,
+    OURS,
+    QUICK,
+    SETTINGS,
+    Case,
+    Function,
+    Setting,
+    case_of,
+    forms_of,
+)
 
 # Bytes that a form may need at its peak, as a multiple of its first argument, before it is tried at all.
-_ASSUMED_PEAK = 14
+_ASSUMED_PEAK, _OUR_PEAK = 14, 4
 
 
 def _row(case: Case, form: str, setting: Setting, args: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -41,11 +54,15 @@ def _free_bytes(device: torch.device) -> int:
     return next(int(x.split()[1]) << 10 for x in info.read_text().splitlines() if x.startswith("MemAvailable"))
 
 
-def _why_absent(case: Case, form: str, args: tuple[Tensor, ...]) -> str | None:
+def _why_absent(case: Case, form: str, setting: Setting, args: tuple[Tensor, ...]) -> str | None:
+    if form == COMPILED_TEXTBOOK and setting not in (*COMPILED_AT, *QUICK):
+        return "not run at this size: compiling takes minutes"
     voxels = args[0].numel() // (args[0].shape[1] if args[0].ndim > 2 else 1)
     if voxels > case.most.get(form, voxels):
         return f"not run beyond {case.most[form]} voxels"
-    if args[0].numel() * args[0].element_size() * _ASSUMED_PEAK > _free_bytes(args[0].device):
+    if args[0].numel() * args[0].element_size() * (_OUR_PEAK if form == OURS else _ASSUMED_PEAK) > _free_bytes(
+        args[0].device
+    ):
         return "too large for this machine"
     return None
 
@@ -78,14 +95,20 @@ def measure_all(
         ops: public names; all where None.
         quick: two small sizes only.
         largest: voxels along an axis beyond which no size is run.
-        budget: seconds after which no further row is begun.
+        budget: seconds after which no further size of an op is begun.
     """
     began = time.perf_counter()
     found: dict[str, Any] = {"schema": results.SCHEMA, "machine": results.machine(device), "rows": []}
-    for case in CASES:
-        if ops is not None and case.op not in ops:
-            continue
-        for setting in QUICK if quick else SETTINGS:
+    if not quick and ops is None:
+        found["training"] = training.shares(device)
+        found["steps"] = steps.seconds(device)
+        if device.type == "cpu":
+            found["first_call"] = first_call.seconds()
+    # The small ones of all ops first, so that a budget leaves out large volumes and no op.
+    for setting in sorted(QUICK if quick else SETTINGS, key=lambda s: s.batch * math.prod(s.shape)):
+        for case in CASES:
+            if ops is not None and case.op not in ops:
+                continue
             if setting.sweep not in case.sweeps or max(setting.shape) > (largest or max(setting.shape)):
                 continue
             if budget is not None and time.perf_counter() - began > budget:
@@ -93,7 +116,7 @@ def measure_all(
             args, kwargs = _arguments(case, setting, device)
             for form, load in forms_of(case).items():
                 row = _row(case, form, setting, args)
-                reason = _why_absent(case, form, args)
+                reason = _why_absent(case, form, setting, args)
                 if reason is None:
                     try:
                         row |= measured(case, load(), args, kwargs, found["machine"]["copy_bandwidth"])
@@ -108,13 +131,6 @@ def measure_all(
                 if out is not None:
                     results.write(found, out)
             del args, kwargs
-    if not quick and ops is None:
-        found["training"] = training.shares(device)
-        found["steps"] = steps.seconds(device)
-        if device.type == "cpu":
-            found["first_call"] = first_call.seconds()
-        if out is not None:
-            results.write(found, out)
     return found
 
 
