@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results, steps
-from benchmarks.registry import HEADLINE, OURS
+from benchmarks.registry import COMPILED_TEXTBOOK, HEADLINE, OURS, TEXTBOOK
 from sure.files import write_text
 
 PAGE = results.ROOT / "benchmarks" / "RESULTS.md"
@@ -31,7 +31,7 @@ def table(rows: Iterable[Row]) -> list[str]:
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     rows = list(rows)
-    ours = {_same(row): row["both"]["median"] for row in rows if row["form"] == OURS and "both" in row}
+    ours = _our_medians(rows)
     for row in rows:
         shape = "x".join(map(str, row["shape"])) + ("" if row["dtype"] == "float32" else f" {row['dtype']}")
         begin = f"| `{row['op']}` | {shape} | {_form(row)} |"
@@ -55,6 +55,10 @@ def _same(row: Row) -> tuple[Any, ...]:
     return row["op"], row["sweep"], tuple(row["shape"]), row["dtype"]
 
 
+def _our_medians(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
+    return {_same(row): row["both"]["median"] for row in rows if row["form"] == OURS and "both" in row}
+
+
 def _headline(rows: Iterable[Row]) -> list[Row]:
     size = HEADLINE.shape[0] ** 3
     return [
@@ -67,9 +71,9 @@ def _headline(rows: Iterable[Row]) -> list[Row]:
 def _verdict(rows: Iterable[Row]) -> list[str]:
     """How the textbook forms fare in all of their rows."""
     rows = list(rows)
-    ours = {_same(row): row["both"]["median"] for row in rows if row["form"] == OURS and "both" in row}
+    ours = _our_medians(rows)
     lines = []
-    for form in ("textbook", "textbook, torch.compile"):
+    for form in (TEXTBOOK, COMPILED_TEXTBOOK):
         ratios = {
             f"`{row['op']}` {'x'.join(map(str, row['shape']))} {row['dtype']}": row["both"]["median"] / ours[_same(row)]
             for row in rows

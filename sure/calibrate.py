@@ -36,7 +36,7 @@ from sure.errors import UserError
 from sure.evaluate import check_cases, choose_cases
 from sure.files import write_text
 from sure.inference import Inference, infer
-from sure.results import describe_run, environment, plain
+from sure.results import describe_run, environment, json_text, plain
 
 KIND = "sure calibration"
 STEPS = 1000
@@ -116,7 +116,7 @@ def calibrate(
         "environment": environment(device),
     }
     report = plain(report)
-    write_text(out, json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(out, json_text(report))
     return report
 
 

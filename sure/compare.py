@@ -6,8 +6,6 @@ interrupted, or is asked for more arms or folds, goes on from what is there.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,12 +17,12 @@ import numpy as np
 import torch
 
 from sure.checkpoint import checkpoint_path, read_experiment
-from sure.config import TrainConfig, load_config, load_preset, presets, to_dict
+from sure.config import TrainConfig, changes, load_config, load_preset, presets, to_dict
 from sure.errors import UserError
 from sure.evaluate import evaluate
 from sure.files import atomic, write_text
 from sure.report import figures
-from sure.results import environment, interval, plain
+from sure.results import csv_table, environment, interval, json_text, plain
 from sure.robustness import robustness
 from sure.train import choose_device, train
 
@@ -104,12 +102,11 @@ def compare(
         "differences": _differences(values),
     }
     report = plain(report)
-    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
     write_text(out / "comparison.csv", _csv(report))
     write_text(out / "comparison.md", markdown(report))
     with atomic(out / "comparison.png") as path:
         path.write_bytes(figures.png(_figure(report)))
-    write_text(out / "comparison.json", text + "\n")
+    write_text(out / "comparison.json", json_text(report))
     return report
 
 
@@ -138,8 +135,7 @@ def _check_run(run: Path, config: TrainConfig) -> None:
     """UserError where `run` was trained, or begun, with settings other than `config`."""
     if not (run / "config.yaml").is_file():
         return
-    before, now = to_dict(load_config(run / "config.yaml")), to_dict(config)
-    changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k]]
+    changed = changes(load_config(run / "config.yaml"), config)
     if changed:
         raise UserError(f"{run}: made with other settings: {'; '.join(changed)}; choose another --out")
 
@@ -221,14 +217,13 @@ def _std(values: Sequence[float | None]) -> float | None:
 def _csv(report: Mapping[str, Any]) -> str:
     """A line for each arm, condition and metric; undefined values are left empty."""
     found = {(d["arm"], d["condition"], d["metric"]): d for d in report["differences"]}
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("arm", "condition", "metric", "mean", "std", "difference", "difference_std", "low", "high"))
+    columns = {"difference": "mean", "difference_std": "std", "low": "low", "high": "high"}
+    rows = []
     for r in report["results"]:
         d = found.get((r["arm"], r["condition"], r["metric"]), {})
-        mine = (r["arm"], r["condition"], r["metric"], r["mean"], r["std"])
-        writer.writerow((*mine, *(d.get(key) for key in ("mean", "std", "low", "high"))))
-    return buffer.getvalue()
+        mine = {key: r[key] for key in ("arm", "condition", "metric", "mean", "std")}
+        rows.append(mine | {column: d.get(key) for column, key in columns.items()})
+    return csv_table(rows)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

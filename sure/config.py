@@ -215,6 +215,12 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in plain.items()}
 
 
+def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """The settings that differ, each with both values."""
+    old, new = to_dict(before), to_dict(now)
+    return [f"{key} was {old[key]!r}, is {new[key]!r}" for key in new if old[key] != new[key]]
+
+
 def from_dict(values: dict[str, Any], *, source: str = "configuration") -> TrainConfig:
     """A config from plain values; unknown keys and wrong types raise UserError naming `source` and the key."""
     hints = typing.get_type_hints(TrainConfig)

@@ -20,7 +20,7 @@ from sure.errors import UserError
 from sure.files import atomic_folder
 from sure.inference import Inference, infer
 from sure.report import figures
-from sure.results import check_replaceable, csv_table, describe_run, environment, plain, summarise, write_json
+from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, summarise
 from sure.scoring import CaseScorer, pooled
 from sure_kernels import metrics
 
@@ -134,7 +134,7 @@ def evaluate(
             folder / "pictures/gradient.npz", gradient=boundary.gradient, uncertainty=boundary.uncertainty
         )
         (folder / "metrics.csv").write_text(csv_table(report["cases"]), encoding="utf-8")
-        write_json(folder / "metrics.json", report)
+        (folder / "metrics.json").write_text(json_text(report), encoding="utf-8")
     return report
 
 

@@ -70,6 +70,11 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def tracking(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers of a network that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Each block of `model` keeps its input alone, and is computed again for the gradient."""
     for block in blocks(model):
@@ -88,7 +93,7 @@ def _untouched_statistics(block: nn.Module) -> Iterator[None]:
 
     As copies that are written to and then forgotten: autograd wants the second pass to keep the same tensors.
     """
-    layers = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    layers = tracking(block)
     kept = [dict(layer.named_buffers(recurse=False)) for layer in layers]
     for layer, buffers in zip(layers, kept, strict=True):
         for name, value in buffers.items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import sure_kernels as sk
 from sure.config import TrainConfig
 from sure.data import IGNORE
+from sure.models import tracking
 from sure_kernels import schedules
 from sure_kernels.kernel_lib.distributed import global_sum
 
@@ -179,7 +180,7 @@ class Evidential(nn.Module):
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Batch normalisation goes on with the batch's statistics, but leaves its running ones as they are."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    layers = tracking(model)
     for layer in layers:
         layer.track_running_stats = False
     try:

@@ -90,10 +90,9 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """`report`, which `plain` has made strict, to `path`."""
-    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def json_text(report: Mapping[str, Any]) -> str:
+    """`report`, which `plain` has made strict, as a file holds it."""
+    return json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:

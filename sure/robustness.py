@@ -18,7 +18,7 @@ from sure.errors import UserError
 from sure.evaluate import check_cases, choose_cases, missing_cases, noise_response
 from sure.files import atomic_folder
 from sure.inference import infer
-from sure.results import check_replaceable, csv_table, describe_run, environment, plain, summarise, write_json
+from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, summarise
 from sure.scoring import NEAR, CaseScorer, Reasons, Score, Values
 from sure_kernels import metrics
 
@@ -125,7 +125,7 @@ def robustness(
     report = plain(report)
     with atomic_folder(out) as folder:
         (folder / "robustness.csv").write_text(csv_table(_table(report)), encoding="utf-8")
-        write_json(folder / "robustness.json", report)
+        (folder / "robustness.json").write_text(json_text(report), encoding="utf-8")
     return report
 
 

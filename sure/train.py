@@ -38,7 +38,7 @@ from sure.checkpoint import (
     save_checkpoint,
     write_experiment,
 )
-from sure.config import TrainConfig, load_config, to_dict
+from sure.config import TrainConfig, changes, load_config
 from sure.data import (
     IGNORE,
     Case,
@@ -280,8 +280,7 @@ def _check_run_folder(out: Path, config: TrainConfig, experiment: Experiment, *,
         return False
     for torn in (out / "checkpoints").glob(".*.tmp"):  # of a process that was killed
         torn.unlink(missing_ok=True)
-    before, now = to_dict(load_config(out / "config.yaml")), to_dict(config)
-    changed = [f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k]]
+    changed = changes(load_config(out / "config.yaml"), config)
     stored = read_experiment(out)
     changed += [
         f"{k} of the data set changed"
