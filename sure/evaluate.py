@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -139,7 +140,12 @@ def evaluate(
 
 
 def noise_response(
-    run: Run, scorer: CaseScorer, case: EvaluationCase, clean: Tensor, seed: int
+    run: Run,
+    scorer: CaseScorer,
+    case: EvaluationCase,
+    clean: Tensor,
+    seed: int,
+    known: Mapping[float, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, float], dict[str, str]]:
     """UCC_d, UR_d and the response to the published pair of noise levels, one noise field at two means.
 
@@ -149,9 +155,13 @@ def noise_response(
     Args:
         clean: uncertainty (1, *spatial) of the case as it is.
         seed: of the noise, drawn for each case.
+        known: uncertainty under noise of a mean, where a sweep has it already.
     """
     corrupt, field = CORRUPTIONS["gaussian_mean"], seed_of(seed, case.name, "gaussian_mean")
-    noised = [infer(run, corrupt(case.image, mean, field)[None]).uncertainty for mean in NOISE_MEANS]
+    noised = [
+        known[mean] if mean in known else infer(run, corrupt(case.image, mean, field)[None]).uncertainty
+        for mean in NOISE_MEANS
+    ]
     return scorer.response([clean, *noised], (0.0, *NOISE_MEANS), noised=1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from sure.checkpoint import load_run
@@ -81,8 +82,8 @@ def robustness(
             scorer, result = CaseScorer(run, loaded), infer(run, loaded.image[None])
             before = result.uncertainty
             scored = scorer.score(loaded.image, result)
-            clean.add(case.name, scored, noise_response(run, scorer, loaded, before, seed))
             bar.update()
+            published: dict[float, Tensor] = {}
             for name, severities in sweeps.items():
                 corrupt, maps = CORRUPTIONS[name], [before]
                 steps_of = (corrupt.clean, *severities)
@@ -92,10 +93,13 @@ def robustness(
                         raise UserError(f"levels: {steps_of[i]:g} of {name} is more than float32 holds ({case.name})")
                     result = infer(run, image[None])
                     maps.append(result.uncertainty)
+                    if name == "gaussian_mean":
+                        published[steps_of[i]] = result.uncertainty
                     condition.add(case.name, scorer.score(image, result), scorer.response(maps, steps_of[: i + 1]))
                     bar.update()
                 stacked = [m[None] for m in maps]
                 responses[name].update(stacked, steps_of, distance=scorer.distance, near=NEAR, mask=scorer.valid)
+            clean.add(case.name, scored, noise_response(run, scorer, loaded, before, seed, published))
 
     report = {
         "kind": KIND,
