@@ -56,6 +56,10 @@ DICE_FORMS = ("adaptive_tversky", "soft")
 RELATIONS = ("decreasing", "increasing")
 RANKINGS = ("exact", "sampled", "covariance")
 SUPERVISIONS = ("covariance", "correlation", "exact")
+# Pairs and patches of an image, windows of the soft forms: far above what is of use, below what no machine holds.
+MOST_PAIRS = 2**31 - 1
+MOST_PATCHES = 2**16
+WIDEST_WINDOW = 255
 
 
 class EvidentialTerms(NamedTuple):
@@ -120,23 +124,37 @@ def gradient_magnitude(
         eps: the result is sqrt(g^2 + eps^2). With 0 the derivative at a flat voxel is 0, never NaN.
 
     Returns:
-        (N, 1, *spatial), float32 (float64 for float64 images), in image units per unit of spacing.
+        (N, 1, *spatial), float32 (float64 for float64 images), in image units per unit of spacing; not finite at and
+        beside a voxel that is not.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     x = check.check_float_map(image, "image")
-    options = (
-        check.check_choice(operator, "operator", OPERATORS),
-        check.check_spacing(spacing, x.ndim - 2),
-        check.check_choice(padding_mode, "padding_mode", PADDING_MODES),
-        check.check_choice(channel_reduction, "channel_reduction", CHANNEL_REDUCTIONS),
-        check.check_number(eps, "eps"),
-    )
+    options = check_filter(operator, spacing, padding_mode, channel_reduction, eps, ndim=x.ndim - 2)
     backend = dispatch(x, "gradient_magnitude")
     if backend == "reference":
         return gradient_reference.gradient_magnitude(x, *options)
     return GradientMagnitudeFunction.apply(x, *options, backend)
+
+
+def check_filter(
+    operator: str,
+    spacing: check.Numbers | None,
+    padding_mode: str,
+    channel_reduction: str,
+    eps: float = 0.0,
+    *,
+    ndim: int | None = None,
+) -> tuple[str, tuple[float, ...], str, str, float]:
+    """The options of `gradient_magnitude`; the number of axes goes unchecked where `ndim` is not known yet."""
+    return (
+        check.check_choice(operator, "operator", OPERATORS),
+        check.check_spacing(spacing, ndim),
+        check.check_choice(padding_mode, "padding_mode", PADDING_MODES),
+        check.check_choice(channel_reduction, "channel_reduction", CHANNEL_REDUCTIONS),
+        check.check_number(eps, "eps"),
+    )
 
 
 def dirichlet_uncertainty(
@@ -160,25 +178,33 @@ def dirichlet_uncertainty(
 
     Returns:
         A NamedTuple with the measures asked for, in that order: `probability` is (N, K, *spatial), every other
-        (N, 1, *spatial); float32 (float64 for float64 logits).
+        (N, 1, *spatial); float32 (float64 for float64 logits). NaN where a logit of the voxel is NaN or infinite.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     z = check.check_logits(logits)
-    evidence = check.check_choice(evidence, "evidence", EVIDENCE)
-    b = check.check_prior(prior, z.shape[1])
-    names = (measures,) if isinstance(measures, str) else tuple(measures)
-    for name in names:
-        check.check_choice(name, "measures", MEASURES)
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"measures: expected one or more different names, got {names}")
+    evidence, b, names = check_dirichlet(evidence, prior, measures, z.shape[1])
     backend = dispatch(z, "dirichlet_uncertainty")
     if backend == "reference":
         values = dirichlet_reference.dirichlet_uncertainty(z, evidence=evidence, prior=b, measures=names)
     else:
         values = DirichletUncertaintyFunction.apply(z, evidence, b, ",".join(names), backend)
     return _result_type(names)(*values)
+
+
+def check_dirichlet(
+    evidence: str, prior: check.Numbers, measures: tuple[str, ...] | list[str] | str, k: int | None = None
+) -> tuple[str, tuple[float, ...], tuple[str, ...]]:
+    """The options of `dirichlet_uncertainty`; the prior's length goes unchecked where K is not known yet."""
+    if not isinstance(measures, (str, tuple, list)):
+        raise TypeError(f"measures: expected a tuple of names, got {type(measures).__name__}")
+    names = (measures,) if isinstance(measures, str) else tuple(measures)
+    for name in names:
+        check.check_choice(name, "measures", MEASURES)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"measures: expected one or more different names, got {names}")
+    return check.check_choice(evidence, "evidence", EVIDENCE), check.check_prior(prior, k), names
 
 
 def _result_type(names: tuple[str, ...]) -> Any:
@@ -203,9 +229,7 @@ class _Common(NamedTuple):
     backend: str
 
 
-def _check_common(
-    logits: Tensor,
-    target: Tensor,
+def check_evidential(
     *,
     kind: str,
     evidence: str,
@@ -217,12 +241,12 @@ def _check_common(
     class_weight: check.Numbers | None,
     include_background: bool,
     ignore_index: int,
-    mask: Tensor | None,
+    process_group: Any | None,
     compat: str | None,
-    op: str,
-) -> _Common:
-    z = check.check_logits(logits)
-    n, k, *spatial = z.shape
+    return_terms: bool,
+    k: int | None = None,
+) -> tuple[Formula, Weights, int]:
+    """The options of `evidential_loss`; lengths go unchecked where K is not known yet."""
     formula = Formula(
         check.check_choice(kind, "kind", KINDS),
         check.check_choice(evidence, "evidence", EVIDENCE),
@@ -235,9 +259,17 @@ def _check_common(
         check.check_number(kl_weight, "kl_weight"),
         check.check_number(dice_weight, "dice_weight"),
         check.check_choice(dice, "dice", DICE_FORMS),
-        bool(include_background),
+        check.check_bool(include_background, "include_background"),
     )
-    ignore_index = check.check_int(ignore_index, "ignore_index")
+    check.check_process_group(process_group)
+    check.check_bool(return_terms, "return_terms")
+    return formula, weights, check.check_int(ignore_index, "ignore_index")
+
+
+def _check_common(logits: Tensor, target: Tensor, mask: Tensor | None, op: str, **options: Any) -> _Common:
+    z = check.check_logits(logits)
+    n, k, *spatial = z.shape
+    formula, weights, ignore_index = check_evidential(k=k, **options)
     counted = check.check_mask(mask, n, spatial, z)
     labels = check.check_target(target, z, ignore_index, counted)
     return _Common(z, labels, counted, ignore_index, formula, weights, dispatch(z, op))
@@ -261,11 +293,20 @@ def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor
     )
 
 
-def _explain(loss: Tensor, common: _Common) -> None:
-    """Name the voxel when the loss is not finite because the logits were not."""
-    if check.values_checked(common.logits) and not bool(torch.isfinite(loss)):
-        valid = counted_voxels(common.target, common.ignore_index)
-        check.explain_non_finite(common.logits, valid if common.mask is None else valid & common.mask)
+def _explain(loss: Tensor, common: _Common, process_group: Any | None, **read: Tensor) -> None:
+    """Name the voxel when the loss is not finite because the logits, or what else was `read`, were not."""
+    if not check.values_checked(common.logits) or bool(torch.isfinite(loss)):
+        return
+    valid = counted_voxels(common.target, common.ignore_index)
+    check.explain_non_finite(common.logits, valid if common.mask is None else valid & common.mask)
+    for name, given in read.items():
+        check.explain_non_finite(given, torch.ones_like(valid), name)
+    if process_group is None:  # or else the cause may lie on another rank
+        largest = float(common.logits.detach().abs().nan_to_num(0, 0, 0).max())
+        raise ValueError(
+            f"logits: expected a loss that {common.logits.dtype} arithmetic holds, got {float(loss.detach())} from "
+            f"logits up to {largest:.3g} with the given prior and weights"
+        )
 
 
 def evidential_loss(
@@ -319,6 +360,8 @@ def evidential_loss(
     common = _check_common(
         logits,
         target,
+        mask,
+        "evidential_loss",
         kind=kind,
         evidence=evidence,
         prior=prior,
@@ -329,9 +372,9 @@ def evidential_loss(
         class_weight=class_weight,
         include_background=include_background,
         ignore_index=ignore_index,
-        mask=mask,
+        process_group=process_group,
         compat=compat,
-        op="evidential_loss",
+        return_terms=return_terms,
     )
     w = common.weights
     if common.backend == "reference":
@@ -350,7 +393,7 @@ def evidential_loss(
             common.backend,
         )
         terms = EvidentialTerms(*stacked.unbind())
-    _explain(loss, common)
+    _explain(loss, common, process_group)
     return (loss, terms) if return_terms else loss
 
 
@@ -384,7 +427,7 @@ def boundary_distance(
     """
     labels, steps = _check_index_map(target, spacing, spatial_dims)
     if max_distance is not None:
-        max_distance = check.check_number(max_distance, "max_distance", infinite=True)
+        max_distance = check.check_number(max_distance, "max_distance", infinite=True, largest=check.FLOAT64_MAX)
     ignore_index = check.check_int(ignore_index, "ignore_index")
     backend = get_backend(labels, "boundary_distance")
     if backend == "reference":
@@ -401,6 +444,8 @@ def _check_index_map(
     labels = check.plain_tensor(target, "target")
     if labels.dtype not in (*check.INT_DTYPES, torch.bool):
         raise TypeError(f"target: expected an integer index map, got {labels.dtype}")
+    if spatial_dims is not None and check.check_int(spatial_dims, "spatial_dims") not in (2, 3):
+        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
     ndim = spatial_dims
     if ndim is None and isinstance(spacing, (Sequence, Tensor)) and getattr(spacing, "ndim", 1) == 1:
         ndim = len(spacing)
@@ -440,7 +485,7 @@ def boundary_band(
         ValueError: unless boundary <= near <= far; and as `boundary_distance`.
     """
     labels, steps = _check_index_map(target, spacing, spatial_dims)
-    thresholds = _check_thresholds(boundary, near, far)
+    thresholds = check_thresholds(boundary, near, far)
     ignore_index = check.check_int(ignore_index, "ignore_index")
     return _band(labels, thresholds, steps, ignore_index, get_backend(labels, "boundary_band"))
 
@@ -460,23 +505,34 @@ def _band(
     return distance_op.boundary_band(labels, *thresholds, spacing, ignore_index, backend)
 
 
-def _check_thresholds(boundary: float, near: float, far: float) -> tuple[float, float, float]:
-    boundary = check.check_number(boundary, "boundary")
-    near = check.check_number(near, "near")
-    far = check.check_number(far, "far")
+def check_thresholds(boundary: float, near: float, far: float) -> tuple[float, float, float]:
+    boundary = check.check_number(boundary, "boundary", largest=check.FLOAT64_MAX)
+    near = check.check_number(near, "near", largest=check.FLOAT64_MAX)
+    far = check.check_number(far, "far", largest=check.FLOAT64_MAX)
     if not boundary <= near <= far:
         raise ValueError(f"boundary, near, far: expected boundary <= near <= far, got {boundary:g}, {near:g}, {far:g}")
     return boundary, near, far
 
 
-def check_margin(margin: float, supervision: str) -> float:
-    """A margin of the correlation form, or 0 with any form."""
+def check_supervision(
+    supervision: str, within_class: bool, gradient_weight: float, far_weight: float, relation: str, margin: float
+) -> Supervision:
+    """What `supervised_evidential_loss` adds to the evidential loss."""
+    form = check.check_choice(supervision, "supervision", SUPERVISIONS)
+    if check.check_bool(within_class, "within_class") and form != "exact":
+        raise ValueError(f"within_class: expected supervision='exact' with it, got {supervision!r}")
     checked = check.check_number(margin, "margin")
     if checked > 1:
         raise ValueError(f"margin: expected a correlation from 0 to 1, got {margin:g}")
-    if checked and supervision != "correlation":
+    if checked and form != "correlation":
         raise ValueError(f"margin: expected supervision='correlation' with it, got {supervision!r}")
-    return checked
+    return Supervision(
+        check.check_number(gradient_weight, "gradient_weight"),
+        check.check_number(far_weight, "far_weight"),
+        supervised_reference.WITHIN_CLASS if within_class else form,
+        check.check_choice(relation, "relation", RELATIONS),
+        checked,
+    )
 
 
 def supervised_evidential_loss(
@@ -550,6 +606,8 @@ def supervised_evidential_loss(
     common = _check_common(
         logits,
         target,
+        mask,
+        "supervised_evidential_loss",
         kind=kind,
         evidence=evidence,
         prior=prior,
@@ -560,25 +618,16 @@ def supervised_evidential_loss(
         class_weight=class_weight,
         include_background=include_background,
         ignore_index=ignore_index,
-        mask=mask,
+        process_group=process_group,
         compat=compat,
-        op="supervised_evidential_loss",
+        return_terms=return_terms,
     )
-    form = check.check_choice(supervision, "supervision", SUPERVISIONS)
-    if within_class and form != "exact":
-        raise ValueError(f"within_class: expected supervision='exact' with it, got {supervision!r}")
-    options = Supervision(
-        check.check_number(gradient_weight, "gradient_weight"),
-        check.check_number(far_weight, "far_weight"),
-        supervised_reference.WITHIN_CLASS if within_class else form,
-        check.check_choice(relation, "relation", RELATIONS),
-        check_margin(margin, form),
-    )
+    options = check_supervision(supervision, within_class, gradient_weight, far_weight, relation, margin)
     n, _, *spatial = common.logits.shape
     source, filter_ = _gradient_source(
         image, gradient, common.logits, operator, spacing, padding_mode, channel_reduction
     )
-    bands = _band_for(band, distance, common, n, spatial, _check_thresholds(boundary, near, far), filter_.spacing)
+    bands = _band_for(band, distance, common, n, spatial, check_thresholds(boundary, near, far), filter_.spacing)
     if common.backend == "reference":
         loss, stacked = _reference_supervised(common, source, filter_, bands, options, process_group)
     else:
@@ -596,7 +645,7 @@ def supervised_evidential_loss(
             process_group,
             common.backend,
         )
-    _explain(loss, common)
+    _explain(loss, common, process_group, **{"gradient" if filter_.cached else "image": source})
     return (loss, SupervisedTerms(*stacked.unbind())) if return_terms else loss
 
 
@@ -611,13 +660,8 @@ def _gradient_source(
 ) -> tuple[Tensor, Filter]:
     """The map that the gradient magnitude is read or made from, checked, and how."""
     n, _, *spatial = logits.shape
-    filter_ = Filter(
-        check.check_choice(operator, "operator", OPERATORS),
-        check.check_spacing(spacing, len(spatial)),
-        check.check_choice(padding_mode, "padding_mode", PADDING_MODES),
-        check.check_choice(channel_reduction, "channel_reduction", CHANNEL_REDUCTIONS),
-        gradient is not None,
-    )
+    options = check_filter(operator, spacing, padding_mode, channel_reduction, ndim=len(spatial))
+    filter_ = Filter(*options[:-1], gradient is not None)
     name = "gradient" if gradient is not None else "image"
     given = gradient if gradient is not None else image
     if given is None:
@@ -629,15 +673,10 @@ def _gradient_source(
         raise ValueError(
             f"{name}: expected shape {(n, 1 if gradient is not None else 'M', *spatial)}, got {check.shape_of(source)}"
         )
-    _refuse_gradient(source, name)
+    check.refuse_gradient(source, name)
     if image is not None and gradient is not None:
-        _refuse_gradient(image, "image")
+        check.refuse_gradient(image, "image")
     return source, filter_
-
-
-def _refuse_gradient(tensor: Tensor, name: str) -> None:
-    if tensor.requires_grad:
-        raise ValueError(f"{name}: requires a gradient, but gets none from this loss; pass {name}.detach()")
 
 
 def _band_for(
@@ -661,7 +700,9 @@ def _band_for(
         distances = check.check_voxel_map(distance, "distance", n, spatial, common.logits)
         if not distances.is_floating_point():
             raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
-        _refuse_gradient(distances, "distance")
+        check.refuse_gradient(distances, "distance")
+        valid = counted_voxels(common.target, common.ignore_index)
+        check.check_distances(distances, valid if common.mask is None else valid & common.mask)
         return band_of(distances, *(reach(threshold) for threshold in thresholds))
     return _band(common.target, thresholds, spacing, common.ignore_index, common.backend).squeeze(1)
 
@@ -755,24 +796,29 @@ def pairwise_ranking_loss(
     x = points.as_points(values, "values")
     if x.ndim == 1 or 0 in x.shape:
         raise ValueError(f"values: expected shape (N, n) or (N, 1, *spatial) without empty axes, got {tuple(x.shape)}")
-    method_ = _check_method(relation, method, num_pairs, generator, compat)
+    method_ = check_method(relation, method, num_pairs, generator, process_group, compat)
     y = points.match(points.as_points(scores, "scores"), "scores", x, "values")
     counted = None if mask is None else points.match_boolean(mask, "mask", x, "values")
     group = None if groups is None else points.match_groups(groups, x, "values")
     return _ranking(points.rows(x), y, counted, group, method_, generator, process_group)
 
 
-def _check_method(
-    relation: str, method: str, num_pairs: int | None, generator: torch.Generator | None, compat: str | None
+def check_method(
+    relation: str,
+    method: str,
+    num_pairs: int | None,
+    generator: torch.Generator | None = None,
+    process_group: Any | None = None,
+    compat: str | None = None,
 ) -> Method:
+    """The options of `pairwise_ranking_loss`."""
     checked = Method(
         check.check_choice(relation, "relation", RELATIONS),
         check.check_choice(method, "method", RANKINGS),
-        None if num_pairs is None else check.check_int(num_pairs, "num_pairs"),
+        None if num_pairs is None else check.check_count(num_pairs, "num_pairs", maximum=MOST_PAIRS),
         check.check_compat(compat),
     )
-    if checked.num_pairs is not None and checked.num_pairs < 1:
-        raise ValueError(f"num_pairs: expected at least 1, got {num_pairs}")
+    check.check_process_group(process_group)
     if checked.official and checked.name == "covariance":
         raise ValueError("compat: expected None for method='covariance', which was not published, got 'official'")
     _check_generator(generator)
@@ -787,8 +833,9 @@ def _ranking(
     method: Method,
     generator: torch.Generator | None,
     process_group: Any | None,
+    names: tuple[str, str] = ("values", "scores"),
 ) -> Tensor:
-    """`pairwise_ranking_loss` of checked rows (N, n)."""
+    """`pairwise_ranking_loss` of checked rows (N, n), which the caller knows by their `names`."""
     backend = get_backend(values, "pairwise_ranking_loss")
     if backend == "reference" and method.name != "sampled" and not method.official:
         loss = ranking_reference.pairwise_ranking(
@@ -799,7 +846,7 @@ def _ranking(
             values, scores.detach(), mask, groups, method, generator, process_group, backend
         )
     if check.values_checked(values) and not bool(torch.isfinite(loss)):
-        for name, tensor in (("values", values), ("scores", scores)):
+        for name, tensor in zip(names, (values, scores), strict=True):
             bad = ~torch.isfinite(tensor) if mask is None else ~torch.isfinite(tensor) & mask
             if bool(bad.any()):
                 raise ValueError(
@@ -851,8 +898,9 @@ def gradient_uncertainty_loss(
     """
     u = _uncertainty_map(uncertainty, "uncertainty")
     g = _like_uncertainty(gradient, "gradient", u)
+    method_ = check_method(relation, method, num_pairs, generator, process_group, compat)
+    max_distance = check.check_number(max_distance, "max_distance", largest=check.FLOAT64_MAX)
     if soft is not None:
-        check.check_choice(relation, "relation", RELATIONS)
         inputs = _soft_inputs(u, "uncertainty", distance, soft, groups, mask, compat, "gradient_uncertainty_loss")
         on_boundary = soft_reference.boundary_weight(inputs.distance, soft) > soft_reference.NEGLIGIBLE
         chosen = _soft_pairs(pairs, inputs, num_pairs, generator, on_boundary)
@@ -861,14 +909,16 @@ def gradient_uncertainty_loss(
             relation=relation, process_group=process_group, **inputs.options,
         )  # fmt: skip
         _explain_maps(loss, {"uncertainty": u}, inputs.options["counted"])
+        _explain_maps(loss, {"gradient": g.view_as(u)}, None)
         return loss
     _refuse_pairs(pairs)
-    near = _like_uncertainty(distance, "distance", u) <= check.check_number(max_distance, "max_distance")
-    if mask is not None:
-        near = near & points.match_boolean(mask, "mask", u, "uncertainty")
-    method_ = _check_method(relation, method, num_pairs, generator, compat)
+    counted = None if mask is None else points.match_boolean(mask, "mask", u, "uncertainty")
+    near = _distances(distance, u, counted) <= max_distance
+    if counted is not None:
+        near = near & counted
     group = None if groups is None else points.match_groups(groups, u, "uncertainty")
-    return _ranking(points.rows(u), g, near, group, method_, generator, process_group)
+    names = "uncertainty", "gradient"
+    return _ranking(points.rows(u), g, near, group, method_, generator, process_group, names)
 
 
 def _uncertainty_map(value: object, name: str) -> Tensor:
@@ -884,6 +934,13 @@ def _like_uncertainty(value: object, name: str, uncertainty: Tensor) -> Tensor:
     rows = points.match(value, name, uncertainty, "uncertainty").detach()
     if not rows.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point map, got {rows.dtype}")
+    return rows
+
+
+def _distances(distance: object, like: Tensor, counted: Tensor | None) -> Tensor:
+    """`distance` as rows (N, V), none of those that are `counted` negative."""
+    rows = _like_uncertainty(distance, "distance", like)
+    check.check_distances(rows, counted)
     return rows
 
 
@@ -906,24 +963,27 @@ def _soft_inputs(
     compat: str | None,
     op: str,
 ) -> _SoftInputs:
-    _check_soft(soft)
+    check_soft(soft)
     work = u.to(working_dtype(u.dtype))
-    d = _like_uncertainty(distance, "distance", u).to(work.dtype).view_as(u)
+    counted = None if mask is None else points.match_boolean(mask, "mask", u, name).view_as(u)
+    d = _distances(distance, u, counted).to(work.dtype).view_as(u)
     options = {
         "groups": None if groups is None else points.match_groups(groups, u, name).view_as(u),
-        "counted": None if mask is None else points.match_boolean(mask, "mask", u, name).view_as(u),
+        "counted": counted,
         "official": check.check_compat(compat),
     }
     reference = get_backend(u, f"{op} with soft thresholds") == "reference"
     return _SoftInputs(work, d, options, soft_reference if reference else soft_op)
 
 
-def _check_soft(soft: SoftThresholds) -> None:
+def check_soft(soft: SoftThresholds | None) -> None:
+    if soft is None:
+        return
     if not isinstance(soft, SoftThresholds):
         raise TypeError(f"soft: expected SoftThresholds, got {type(soft).__name__}")
     for name, value in zip(soft._fields, soft, strict=True):
         if name.endswith("kernel"):
-            if _positive_int(value, f"soft.{name}") % 2 == 0:
+            if check.check_count(value, f"soft.{name}", maximum=WIDEST_WINDOW) % 2 == 0:
                 raise ValueError(f"soft.{name}: expected an odd number, got {value}")
         else:
             check.check_number(value, f"soft.{name}", exclusive=name == "alpha")
@@ -944,9 +1004,6 @@ def _soft_pairs(
     """The pairs (P, 2) that were handed in, checked, or else drawn; voxels that are `wanted` are paired first."""
     u, counted = inputs.u, inputs.options["counted"]
     if pairs is None:
-        if num_pairs is not None and check.check_int(num_pairs, "num_pairs") < 1:
-            raise ValueError(f"num_pairs: expected at least 1, got {num_pairs}")
-        _check_generator(generator)
         if counted is not None:
             wanted = counted if wanted is None else wanted & counted
         return soft_op.draw_pairs(u, wanted, num_pairs, generator, across=inputs.options["official"])
@@ -956,7 +1013,7 @@ def _soft_pairs(
         raise TypeError(f"pairs: expected integers, got {given.dtype}")
     if given.ndim != 2 or given.shape[1] != 2:
         raise ValueError(f"pairs: expected shape (P, 2), got {check.shape_of(given)}")
-    given = check.torch_integer(given).long()
+    given = check.torch_integer(given, "pairs").long()
     if check.values_checked(given) and given.numel() and not 0 <= int(given.min()) <= int(given.max()) < u.numel():
         found = f"{int(given.min())} to {int(given.max())}"
         raise ValueError(f"pairs: expected positions in [0, {u.numel() - 1}], got {found}")
@@ -1028,9 +1085,8 @@ def noise_uncertainty_loss(
     """
     maps = _noise_maps(clean, noisy)
     m = _noise_levels(levels, maps)
-    if not isinstance(weights, (tuple, list)) or len(weights) != 3:
-        raise ValueError(f"weights: expected 3 numbers, of L_mu, L_d and L_far, got {weights!r}")
-    w = tuple(check.check_number(value, f"weights[{i}]") for i, value in enumerate(weights))
+    near, w = check_noise(near, weights, num_pairs, process_group, compat, return_terms)
+    _check_generator(generator)
     wanted = return_terms or w[1] > 0
     if soft is None:
         _refuse_pairs(pairs)
@@ -1043,6 +1099,28 @@ def noise_uncertainty_loss(
         chosen = _soft_pairs(pairs, inputs, num_pairs, generator) if wanted else None
         loss, terms = _soft_noise(maps, m, inputs, chosen, soft, w, process_group)
     return (loss, terms) if return_terms else loss
+
+
+def check_noise(
+    near: float,
+    weights: Sequence[float],
+    num_pairs: int | None,
+    process_group: Any | None,
+    compat: str | None,
+    return_terms: bool,
+    name: str = "weights",
+) -> tuple[float, tuple[float, ...]]:
+    """The options of `noise_uncertainty_loss`: `near` and the weights, which the caller knows by `name`."""
+    if not isinstance(weights, (tuple, list)) or len(weights) != 3:
+        raise ValueError(f"{name}: expected 3 numbers, of L_mu, L_d and L_far, got {weights!r}")
+    if num_pairs is not None:
+        check.check_count(num_pairs, "num_pairs", maximum=MOST_PAIRS)
+    check.check_process_group(process_group)
+    check.check_compat(compat)
+    check.check_bool(return_terms, "return_terms")
+    return check.check_number(near, "near", largest=check.FLOAT64_MAX), tuple(
+        check.check_number(value, f"{name}[{i}]") for i, value in enumerate(weights)
+    )
 
 
 def _noise_maps(clean: Tensor, noisy: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -1080,11 +1158,14 @@ def _noise_levels(levels: Sequence[float | Tensor] | Tensor, maps: list[Tensor])
             rows.append(torch.full((n,), number, dtype=dtype, device=device))
             continue
         check.check_same_device(level, f"levels[{i}]", maps[0], "clean")
+        check.refuse_gradient(level, f"levels[{i}]")
+        if level.dtype not in (*check.FLOAT_DTYPES, *check.INT_DTYPES):
+            raise TypeError(f"levels[{i}]: expected real numbers, got {level.dtype}")
         if level.shape not in ((), (n,)):
             raise ValueError(f"levels[{i}]: expected a number or shape {(n,)}, got {check.shape_of(level)}")
         if check.values_checked(level) and not bool(torch.isfinite(level).all()):
             raise ValueError(f"levels[{i}]: expected finite numbers, got {level.tolist()}")
-        rows.append(level.detach().to(dtype).expand(n))
+        rows.append(level.to(dtype).expand(n))
     return torch.stack(rows)
 
 
@@ -1097,7 +1178,7 @@ def _point_index(given: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"points: expected integer coordinates, got {tensor.dtype}")
     if tensor.ndim != 3 or tensor.shape[0] != n or tensor.shape[2] != len(spatial) or tensor.shape[1] == 0:
         raise ValueError(f"points: expected shape {(n, 'P', len(spatial))}, got {check.shape_of(tensor)}")
-    coordinates = check.torch_integer(tensor).long()
+    coordinates = check.torch_integer(tensor, "points").long()
     index = torch.zeros_like(coordinates[..., 0])
     listed = torch.ones_like(index, dtype=torch.bool)
     for axis, size in enumerate(spatial):
@@ -1125,12 +1206,11 @@ def _hard_noise(
     ranked: bool,
 ) -> tuple[Tensor, NoiseTerms]:
     """`noise_uncertainty_loss` by thresholds; L_d is computed where it is `ranked`."""
-    near = check.check_number(near, "near")
     official = check.check_compat(compat)
     u = [x.flatten(1) for x in maps]
-    d = _like_uncertainty(distance, "distance", maps[0]).to(levels.dtype)
-    group = None if groups is None else points.match_groups(groups, maps[0], "clean")
     counted = None if mask is None else points.match_boolean(mask, "mask", maps[0], "clean")
+    d = _distances(distance, maps[0], counted).to(levels.dtype)
+    group = None if groups is None else points.match_groups(groups, maps[0], "clean")
     index, listed, where, chosen = None, None, d, counted
     if at is not None:
         index, listed = _point_index(at, maps[0])
@@ -1326,22 +1406,29 @@ def sample_noise_patches(
             gradient, which it cannot get.
     """
     x = check.check_float_map(image, "image")
-    _refuse_gradient(x, "image")
+    check.refuse_gradient(x, "image")
     n, m, *spatial = x.shape
-    size, number = _positive_int(patch_size, "patch_size"), _positive_int(patches_per_class, "patches_per_class")
+    size = check.check_count(patch_size, "patch_size")
+    number = check.check_count(patches_per_class, "patches_per_class", maximum=MOST_PATCHES)
     if size % 2 == 0 or size > min(spatial):
         raise ValueError(f"patch_size: expected an odd number of at most {min(spatial)}, got {size}")
     low, high = check.number_tuple(mean_range, "mean_range", 2, "end")
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"mean_range: expected two finite numbers in order, got {(low, high)}")
     std = check.check_number(std, "std")
-    near = check.check_number(near, "near")
+    near = check.check_number(near, "near", largest=check.FLOAT64_MAX)
     ignore_index = check.check_int(ignore_index, "ignore_index")
     _check_generator(generator)
     labels, k = _classes_of(target, x, num_classes, ignore_index)
+    if k * number > MOST_PATCHES:
+        raise ValueError(
+            f"{'target' if num_classes is None else 'num_classes'}: expected at most {MOST_PATCHES // number} classes "
+            f"with {number} patches each, got {k}"
+        )
     is_hard = points.match_boolean(hard, "hard", x[:, :1], "image").view_as(labels)
-    is_near = (_like_uncertainty(distance, "distance", x[:, :1]) <= near).view_as(labels)
-    candidates = is_hard & ((labels != 0) | is_near) & counted_voxels(labels, ignore_index)
+    counted = counted_voxels(labels, ignore_index)
+    is_near = (_distances(distance, x[:, :1], counted) <= near).view_as(labels)
+    candidates = is_hard & ((labels != 0) | is_near) & counted
 
     means = low + (high - low) * uniform((2,), x.device, generator)
     priority = uniform((n, *spatial), x.device, generator)
@@ -1355,26 +1442,17 @@ def sample_noise_patches(
     return NoisePatches((first, second), means, centres)
 
 
-def _positive_int(value: object, name: str) -> int:
-    number = check.check_int(value, name)
-    if number < 1:
-        raise ValueError(f"{name}: expected at least 1, got {number}")
-    return number
-
-
 def _classes_of(target: Tensor, image: Tensor, num_classes: int | None, ignore_index: int) -> tuple[Tensor, int]:
     """Labels (N, *spatial) and the number of classes."""
     n, _, *spatial = image.shape
     if num_classes is not None:
-        k = check.check_int(num_classes, "num_classes")
-        if k < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {k}")
+        k = check.check_count(num_classes, "num_classes", minimum=2, maximum=MOST_PATCHES)
         like = image[:, :1].detach().expand(n, k, *spatial)
         return check.check_target(target, like, ignore_index, owner="image"), k
     labels = points.match(target, "target", image[:, :1], "image").view(n, *spatial)
     if labels.dtype not in check.INT_DTYPES:
         raise TypeError(f"target: expected integer labels of shape {(n, *spatial)}, got {labels.dtype}")
-    labels = check.torch_integer(labels)
+    labels = check.torch_integer(labels, "target")
     present = torch.where(counted_voxels(labels, ignore_index), labels, 0)
     if check.values_checked(labels) and int(present.min()) < 0:
         raise ValueError(f"target: expected labels from 0 or ignore_index={ignore_index}, got {int(present.min())}")

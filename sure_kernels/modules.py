@@ -15,11 +15,13 @@ from sure_kernels import functional, schedules
 from sure_kernels.kernel_lib.labels import counted_voxels
 from sure_kernels.validation import (
     Numbers,
-    check_choice,
+    check_bool,
     check_logits,
+    check_mask,
     check_number,
     check_target,
-    number_tuple,
+    plain_tensor,
+    shape_of,
 )
 
 
@@ -46,6 +48,7 @@ class GradientMagnitude(_Options):
         channel_reduction: str = "l2",
         eps: float = 0.0,
     ) -> None:
+        functional.check_filter(operator, spacing, padding_mode, channel_reduction, eps)
         super().__init__(
             operator=operator,
             spacing=spacing,
@@ -68,6 +71,7 @@ class DirichletUncertainty(_Options):
         prior: Numbers = 1.0,
         measures: tuple[str, ...] = ("probability", "vacuity"),
     ) -> None:
+        functional.check_dirichlet(evidence, prior, measures)
         super().__init__(evidence=evidence, prior=prior, measures=measures)
 
     def forward(self, logits: Tensor) -> Any:
@@ -112,6 +116,7 @@ class EvidentialLoss(_Options):
             compat=compat,
             return_terms=return_terms,
         )
+        functional.check_evidential(**self.options)
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Any:
         return functional.evidential_loss(input, target, mask=mask, **self.options)
@@ -135,6 +140,9 @@ class GradientUncertaintyLoss(_Options):
         process_group: Any | None = None,
         compat: str | None = None,
     ) -> None:
+        check_number(max_distance, "max_distance")
+        functional.check_method(relation, method, num_pairs, process_group=process_group, compat=compat)
+        functional.check_soft(soft)
         super().__init__(
             max_distance=max_distance,
             relation=relation,
@@ -167,6 +175,8 @@ class NoiseUncertaintyLoss(_Options):
         compat: str | None = None,
         return_terms: bool = False,
     ) -> None:
+        functional.check_noise(near, weights, num_pairs, process_group, compat, return_terms)
+        functional.check_soft(soft)
         super().__init__(
             near=near,
             weights=weights,
@@ -292,14 +302,20 @@ class SURELoss(nn.Module):
         self.good_model_step = check_number(good_model_step, "good_model_step")
         self.annealing_steps = check_number(annealing_steps, "annealing_steps")
         schedules.supervision_weight(0, self.good_model_step, self.num_epochs)
-        check_choice(supervision, "supervision", functional.SUPERVISIONS)
-        functional.check_margin(margin, supervision)
+        # Checked here, not in epoch `good_model_step`, hours into a training.
+        functional.check_supervision(
+            supervision, within_class if soft is None else False, gradient_weight, far_weight, relation, margin
+        )
+        functional.check_thresholds(boundary, near, far)
+        functional.check_soft(soft)
         self.kl_weight = check_number(kl_weight, "kl_weight")
-        self.gradient_weight = check_number(gradient_weight, "gradient_weight")
-        self.far_weight = check_number(far_weight, "far_weight")
+        self.gradient_weight = float(gradient_weight)
+        self.far_weight = float(far_weight)
         self.noise_weight = check_number(noise_weight, "noise_weight")
-        self.noise_weights = number_tuple(noise_weights, "noise_weights", 3, "term")
-        self.within_class = bool(within_class)
+        _, self.noise_weights = functional.check_noise(
+            near, noise_weights, None, process_group, compat, return_terms, "noise_weights"
+        )
+        self.within_class = check_bool(within_class, "within_class")
         self.soft = soft
         self.return_terms = return_terms
         self.dirichlet_options: dict[str, Any] = {"evidence": evidence, "prior": prior, "measures": ("vacuity",)}
@@ -332,6 +348,8 @@ class SURELoss(nn.Module):
             "relation": relation,
             **self.filter_options,
         }
+        functional.check_evidential(**self.evidential_options, kl_weight=kl_weight, return_terms=return_terms)
+        functional.check_filter(**self.filter_options)
         self.epoch = 0.0
 
     def set_epoch(self, epoch: float) -> None:
@@ -342,7 +360,7 @@ class SURELoss(nn.Module):
         return torch.tensor(self.epoch, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.set_epoch(float(state))
+        self.set_epoch(float(plain_tensor(state, "epoch")))
 
     @property
     def current_kl_weight(self) -> float:
@@ -378,8 +396,7 @@ class SURELoss(nn.Module):
         points: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        if noisy is not None and levels is None:
-            raise TypeError(f"levels: expected {len(noisy)} numbers, one for each of the noised logits, got None")
+        _check_noised(noisy, levels, input)
         annealing = self.current_supervision_weight
         noised = noisy if self.wants_noise else None
         beta, far = annealing * self.gradient_weight, annealing * self.far_weight if noised is None else 0.0
@@ -398,7 +415,9 @@ class SURELoss(nn.Module):
             values = [*terms, *(torch.zeros_like(loss.detach()) for _ in range(2))]
 
         if noised is not None or softly:
-            labels = check_target(target, check_logits(input), self.evidential_options["ignore_index"])
+            z = check_logits(input)
+            mask = check_mask(mask, len(z), z.shape[2:], z)
+            labels = check_target(target, z, self.evidential_options["ignore_index"], mask)
             clean = self.vacuity(input)
             distance = self._distance(labels, clean) if distance is None else distance
             shared = self._shared(labels, mask, generator)
@@ -438,7 +457,7 @@ class SURELoss(nn.Module):
         """Arguments of both losses of uncertainty maps."""
         counted = counted_voxels(labels, self.evidential_options["ignore_index"])
         if mask is not None:
-            counted = counted & (mask.view(counted.shape) != 0)
+            counted = counted & mask
         grouped = self.within_class or self.soft is not None
         return {
             "soft": self.soft,
@@ -455,3 +474,18 @@ class SURELoss(nn.Module):
             f"gradient_weight={self.gradient_weight:g}, far_weight={self.far_weight:g}, "
             f"noise_weight={self.noise_weight:g}"
         )
+
+
+def _check_noised(noisy: object, levels: object, like: Tensor) -> None:
+    """Noised logits come with levels, and each looks like the clean ones."""
+    if noisy is None:
+        if levels is not None:
+            raise TypeError("noisy: expected noised logits with levels, got None")
+        return
+    if not isinstance(noisy, (Tensor, list, tuple)):
+        raise TypeError(f"noisy: expected a sequence of logits, got {type(noisy).__name__}")
+    if levels is None:
+        raise TypeError(f"levels: expected {len(noisy)} numbers, one for each of the noised logits, got None")
+    for i, z in enumerate(noisy):
+        if shape_of(plain_tensor(z, f"noisy[{i}]")) != shape_of(like):
+            raise ValueError(f"noisy[{i}]: expected shape {shape_of(like)} like the clean logits, got {shape_of(z)}")

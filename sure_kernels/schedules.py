@@ -13,7 +13,8 @@ def kl_weight(epoch: float, annealing_steps: float) -> float:
 
 
 def supervision_weight(epoch: float, good_model_step: float, num_epochs: float) -> float:
-    """0 before epoch t0 = good_model_step, then 0.01 exp(-ln(0.01) (t - t0) / (T - t0)): from 0.01 up to 1 at T.
+    """0 before epoch t0 = good_model_step, then 0.01 exp(-ln(0.01) (t - t0) / (T - t0)): from 0.01 up to 1 at T, and 1
+    after it.
 
     Raises ValueError unless num_epochs > good_model_step.
     """
@@ -21,7 +22,8 @@ def supervision_weight(epoch: float, good_model_step: float, num_epochs: float) 
         raise ValueError(f"num_epochs: expected more than good_model_step ({good_model_step:g}), got {num_epochs:g}")
     if epoch < good_model_step:
         return 0.0
-    return FLOOR * math.exp(-math.log(FLOOR) * (epoch - good_model_step) / (num_epochs - good_model_step))
+    done = min(1.0, (epoch - good_model_step) / (num_epochs - good_model_step))
+    return FLOOR * math.exp(-math.log(FLOOR) * done)
 
 
 def ramp(epoch: float, start: float, end: float) -> float:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral, Real
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sure_kernels.kernel_lib.labels import counted_voxels
@@ -29,6 +31,7 @@ INT_DTYPES = (
     torch.uint64,
 )
 MINIMUM_PRIOR = 1e-3
+FLOAT32_MAX, FLOAT64_MAX = torch.finfo(torch.float32).max, torch.finfo(torch.float64).max
 
 Numbers = float | Sequence[float] | Tensor
 
@@ -53,8 +56,25 @@ def plain_tensor(value: object, name: str) -> Tensor:
     if type(value) is not Tensor and not isinstance(value, torch.nn.Parameter):
         if torch.compiler.is_compiling():
             return value
-        return value.as_subclass(Tensor)
+        value = value.as_subclass(Tensor)
+    if not torch.compiler.is_compiling() and (value.layout is not torch.strided or value.is_nested):
+        raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if value.is_nested else value.layout} one")
     return value
+
+
+def refuse_gradient(tensor: Tensor, name: str) -> None:
+    """ValueError where the caller asks for a gradient that never comes."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: requires a gradient, but gets none here; pass {name}.detach()")
+
+
+def shown(value: object) -> str:
+    """`value` in a few characters, as messages print it."""
+    try:
+        text = str(value)
+    except ValueError:  # Python prints no integers of more than 4300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_float_map(value: object, name: str, *, minimum_channels: int = 1) -> Tensor:
@@ -93,15 +113,16 @@ def check_target(
     index_shape = (n, *spatial)
     check_same_device(tensor, "target", logits, owner)
     if shape_of(tensor) == shape_of(logits):
-        if tensor.dtype in INT_DTYPES:
-            tensor = torch_integer(tensor)
+        refuse_gradient(tensor, "target")
+        tensor = _real(tensor, "target")
         if values_checked(tensor):
             single = ((tensor == 0) | (tensor == 1)).all(1) & ((tensor == 1).sum(1) == 1)
             if mask is not None:
                 single = single | ~mask
             if not bool(single.all()):
                 raise ValueError(
-                    f"target: shape {shape_of(tensor)} is read as one-hot, but not every voxel holds a single 1"
+                    f"target: shape {shape_of(tensor)} is read as one-hot, expected a single 1 and else 0 at every "
+                    f"voxel, got something else at {int((~single).sum())} of them"
                 )
         return (tensor if tensor.dtype != torch.bool else tensor.to(torch.uint8)).argmax(1)
     if tensor.dtype not in INT_DTYPES:
@@ -115,19 +136,49 @@ def check_target(
             f"target: expected integer labels of shape {index_shape} to match {owner} {shape_of(logits)}, "
             f"got {shape_of(tensor)}"
         )
-    tensor = torch_integer(tensor)
+    tensor = torch_integer(tensor, "target")
     if values_checked(tensor):
         check_label_range(tensor, k, ignore_index, mask)
     return tensor
 
 
-def torch_integer(tensor: Tensor) -> Tensor:
-    """uint16, uint32 and uint64 lack most of torch's operations: hold them in the next wider signed type."""
+def torch_integer(tensor: Tensor, name: str) -> Tensor:
+    """uint16, uint32 and uint64 lack most of torch's operations: hold them in the next wider signed type.
+
+    ValueError for a uint64 that int64 does not hold: it would come out negative, -100 for 2^64 - 100.
+    """
     if tensor.dtype == torch.uint16:
         return tensor.to(torch.int32)
-    if tensor.dtype in (torch.uint32, torch.uint64):
+    if tensor.dtype == torch.uint32:
         return tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64:
+        signed = tensor.to(torch.int64)
+        if values_checked(signed) and bool((signed < 0).any()):
+            raise ValueError(f"{name}: expected values below 2^63, got larger ones in {int((signed < 0).sum())} places")
+        return signed
     return tensor
+
+
+def _real(tensor: Tensor, name: str) -> Tensor:
+    """`tensor` where its dtype is boolean or one of real numbers; the unsigned ones as `torch_integer` holds them."""
+    if tensor.dtype in INT_DTYPES:
+        return torch_integer(tensor, name)
+    if tensor.dtype != torch.bool and tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected booleans, integers or real numbers, got {tensor.dtype}")
+    return tensor
+
+
+def as_boolean(tensor: Tensor, name: str) -> Tensor:
+    """Booleans as they are; numbers must be 0 or 1."""
+    if tensor.dtype == torch.bool:
+        return tensor
+    refuse_gradient(tensor, name)
+    tensor = _real(tensor, name)
+    if values_checked(tensor):
+        other = ~((tensor == 0) | (tensor == 1))
+        if bool(other.any()):
+            raise ValueError(f"{name}: expected only 0 and 1, got {float(tensor[other][0]):g} among them")
+    return tensor != 0
 
 
 def check_label_range(target: Tensor, k: int, ignore_index: int, mask: Tensor | None = None) -> None:
@@ -156,11 +207,7 @@ def check_mask(mask: object, n: int, spatial: Sequence[int], like: Tensor) -> Te
         tensor = tensor.squeeze(1)
     if shape_of(tensor) != (n, *spatial):
         raise ValueError(f"mask: expected shape {(n, *spatial)} or {(n, 1, *spatial)}, got {shape_of(tensor)}")
-    if tensor.dtype == torch.bool:
-        return tensor
-    if values_checked(tensor) and not bool(((tensor == 0) | (tensor == 1)).all()):
-        raise ValueError("mask: expected only 0 and 1, got other values")
-    return tensor != 0
+    return as_boolean(tensor, "mask")
 
 
 def check_voxel_map(
@@ -179,6 +226,18 @@ def check_voxel_map(
     return tensor
 
 
+def check_distances(distance: Tensor, counted: Tensor | None = None, name: str = "distance") -> None:
+    """ValueError where a `counted` distance is negative, as in signed maps. NaN is neither near nor far."""
+    if not values_checked(distance) or not distance.numel() or float(distance.min()) >= 0:
+        return
+    wrong = distance < 0 if counted is None else (distance < 0) & counted.view_as(distance)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name}: expected distances of at least 0, got {float(distance[wrong].min()):g} and the like at "
+            f"{int(wrong.sum())} voxels (a signed distance map?)"
+        )
+
+
 def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}")
@@ -194,66 +253,96 @@ def check_compat(compat: object) -> bool:
     return check_choice(compat, "compat", ("official",)) == "official"
 
 
+def check_bool(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
+
+
+def check_process_group(group: Any) -> Any:
+    """A torch.distributed.ProcessGroup, or None."""
+    if group is None or torch.compiler.is_compiling():
+        return group
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return group
+
+
 def check_number(
-    value: object, name: str, *, minimum: float = 0.0, exclusive: bool = False, infinite: bool = False
+    value: object,
+    name: str,
+    *,
+    minimum: float = 0.0,
+    exclusive: bool = False,
+    infinite: bool = False,
+    largest: float = FLOAT32_MAX,
 ) -> float:
-    """A finite Python number of at least `minimum` (above it where `exclusive`)."""
+    """A finite Python number of at least `minimum` (above it where `exclusive`) and at most `largest` in size."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    number = float(value)
-    too_small = number <= minimum if exclusive else number < minimum
-    # Comparisons alone, which torch.compile can trace for a number that changes from call to call; NaN fails them.
-    high_enough = number <= math.inf if infinite else number < math.inf
-    if not (number > -math.inf and high_enough) or too_small:
-        bound = f"above {minimum:g}" if exclusive else f"of at least {minimum:g}"
-        raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
-    return number
+    # Comparisons alone, which torch.compile can trace for a number that changes from call to call; NaN fails them. They
+    # come before float(), which integers may be too large for.
+    given: Any = value
+    too_small = given <= minimum if exclusive else given < minimum
+    if not (given >= -math.inf if infinite else -math.inf < given < math.inf) or too_small:
+        bound = "" if minimum == -math.inf else f" above {minimum:g}" if exclusive else f" of at least {minimum:g}"
+        raise ValueError(f"{name}: expected a finite number{bound}, got {shown(value)}")
+    if given < -largest or (given > largest and given != math.inf):
+        raise ValueError(f"{name}: expected a number up to {largest:.3g}, got {shown(value)}")
+    return float(given)
 
 
-def number_tuple(value: Numbers, name: str, length: int, owner: str) -> tuple[float, ...]:
-    """`length` Python floats from a number, a sequence or a 0-d or 1-d tensor."""
-    if isinstance(value, Tensor):
-        if value.ndim > 1:
-            raise ValueError(f"{name}: expected one number or {length}, got shape {shape_of(value)}")
-        value = value.tolist()
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return (float(value),) * length
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+def number_tuple(value: Numbers, name: str, length: int | None, owner: str) -> tuple[float, ...]:
+    """`length` Python floats from a number, a sequence or a 0-d or 1-d tensor; of a sequence any number where None."""
+    wanted = f"one number or {f'one per {owner}' if length is None else length}"
+    given: Any = value
+    if isinstance(given, Tensor):
+        refuse_gradient(given, name)
+        if given.ndim > 1:
+            raise ValueError(f"{name}: expected {wanted}, got shape {shape_of(given)}")
+        given = given.tolist()
+    if isinstance(given, Real) and not isinstance(given, bool):
+        given = (given,) * (1 if length is None else length)
+    if isinstance(given, (str, bytes, Mapping, Set)):
+        raise TypeError(f"{name}: expected {wanted}, got {type(given).__name__}")
+    if not isinstance(given, Sequence):
         try:
-            value = list(value)  # type: ignore[arg-type]  # numpy arrays and other iterables
+            given = list(given)  # numpy arrays and other iterables
         except TypeError:
-            raise TypeError(f"{name}: expected one number or {length}, got {type(value).__name__}") from None
-    if any(isinstance(v, (bool, str)) or not hasattr(v, "__float__") for v in value):
-        raise TypeError(f"{name}: expected numbers, got {value!r}")
-    numbers = tuple(float(v) for v in value)
-    if len(numbers) != length:
+            raise TypeError(f"{name}: expected {wanted}, got {type(given).__name__}") from None
+    if any(isinstance(v, (bool, str)) or not hasattr(v, "__float__") for v in given):
+        raise TypeError(f"{name}: expected numbers, got {shown(given)}")
+    numbers = tuple(math.inf if isinstance(v, int) and abs(v) > FLOAT32_MAX else float(v) for v in given)
+    if length is not None and len(numbers) != length:
         raise ValueError(f"{name}: expected {length} numbers, one per {owner}, got {len(numbers)}")
+    if any(FLOAT32_MAX < abs(v) < math.inf for v in numbers):
+        raise ValueError(f"{name}: expected numbers up to {FLOAT32_MAX:.3g}, got {numbers}")
     return numbers
 
 
-def check_prior(prior: Numbers, k: int) -> tuple[float, ...]:
-    """The prior as K floats, each at least 1e-3."""
+def check_prior(prior: Numbers, k: int | None) -> tuple[float, ...]:
+    """The prior as K floats (as many as given where `k` is not known), each at least 1e-3."""
     numbers = number_tuple(prior, "prior", k, "class")
     if not all(MINIMUM_PRIOR <= v < math.inf for v in numbers):
         raise ValueError(f"prior: expected finite entries of at least {MINIMUM_PRIOR:g}, got {numbers}")
     return numbers
 
 
-def check_class_weight(class_weight: Numbers | None, k: int) -> tuple[float, ...] | None:
+def check_class_weight(class_weight: Numbers | None, k: int | None) -> tuple[float, ...] | None:
     if class_weight is None:
         return None
-    if isinstance(class_weight, (int, float)):
-        raise TypeError(f"class_weight: expected {k} numbers, one per class, got a single number")
+    if isinstance(class_weight, Real) or getattr(class_weight, "ndim", 1) == 0:
+        raise TypeError(f"class_weight: expected {'K' if k is None else k} numbers, one per class, got a single number")
     numbers = number_tuple(class_weight, "class_weight", k, "class")
     if not all(0 <= v < math.inf for v in numbers) or sum(numbers) == 0:
         raise ValueError(f"class_weight: expected finite numbers >= 0, not all 0, got {numbers}")
     return numbers
 
 
-def check_spacing(spacing: Numbers | None, ndim: int) -> tuple[float, ...]:
+def check_spacing(spacing: Numbers | None, ndim: int | None) -> tuple[float, ...]:
     """Voxel spacing in array-axis order, 1 where None."""
     if spacing is None:
-        return (1.0,) * ndim
+        return (1.0,) * (1 if ndim is None else ndim)
     numbers = number_tuple(spacing, "spacing", ndim, "spatial axis")
     if not all(0 < v < math.inf for v in numbers):
         raise ValueError(f"spacing: expected positive finite numbers, got {numbers}")
@@ -265,7 +354,16 @@ def check_int(value: object, name: str) -> int:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     number = int(value)
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name}: expected a 64-bit integer, got {number}")
+        raise ValueError(f"{name}: expected a 64-bit integer, got {shown(number)}")
+    return number
+
+
+def check_count(value: object, name: str, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """An int from `minimum` to `maximum`."""
+    number = check_int(value, name)
+    if number < minimum or (maximum is not None and number > maximum):
+        wanted = f"at least {minimum}" if maximum is None or number < minimum else f"at most {maximum}"
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
     return number
 
 

@@ -24,7 +24,7 @@ from sure_kernels.metrics.histograms import (
 from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
 from sure_kernels.ops.histograms.closed_form import Refined, magnitude_bin, refine
 from sure_kernels.ops.histograms.reference import magnitude_edges
-from sure_kernels.validation import check_choice
+from sure_kernels.validation import check_bool, check_choice
 
 
 class Reliability(NamedTuple):
@@ -66,6 +66,7 @@ def reliability_curve(
     Raises:
         TypeError: dtypes. ValueError: shapes, labels or probabilities out of range, a mask that is not 0/1.
     """
+    check_bool(per_class, "per_class")
     segmentation = Segmentation.checked(probability, target, mask, ignore_index)
     sums = histograms_of(segmentation, binned(per_class), num_bins)
     return answer(curve_of(columns(sums, per_class)), return_reason)
@@ -88,6 +89,7 @@ def expected_calibration_error(
     Returns:
         float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN.
     """
+    check_bool(per_class, "per_class")
     segmentation = Segmentation.checked(probability, target, mask, ignore_index)
     sums = histograms_of(segmentation, binned(per_class), num_bins)
     return answer(ece_of(columns(sums, per_class)), return_reason)
@@ -118,6 +120,7 @@ def adaptive_calibration_error(
         float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN. Of
         "histogram", Bounded(value, bound) of two such tensors.
     """
+    check_bool(per_class, "per_class")
     exact = check_choice(method, "method", ("exact", "histogram")) == "exact"
     segmentation = Segmentation.checked(probability, target, mask, ignore_index)
     sums = columns(histograms_of(segmentation, binned(per_class, magnitudes=True), num_bins), per_class)
@@ -141,6 +144,7 @@ def brier_score(
     Returns:
         float64 (N,), or (N, K) where per_class; NaN where no voxel counts or a counted probability is NaN.
     """
+    check_bool(per_class, "per_class")
     sums = histograms_of(Segmentation.checked(probability, target, mask, ignore_index), ONLY_LOSS)
     return answer(brier_of(columns(sums, per_class)), return_reason)
 
@@ -162,6 +166,7 @@ def negative_log_likelihood(
         float64 (N,), or (N, K) where per_class; NaN where no voxel (of the class) counts or a counted probability is
         NaN.
     """
+    check_bool(per_class, "per_class")
     sums = histograms_of(Segmentation.checked(probability, target, mask, ignore_index), ONLY_LOSS)
     return answer(nll_of(columns(sums, per_class), per_class), return_reason)
 

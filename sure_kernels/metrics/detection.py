@@ -25,9 +25,10 @@ from sure_kernels.metrics.state import SumState
 from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
 from sure_kernels.ops.histograms import op
 from sure_kernels.ops.histograms.reference import BINS
-from sure_kernels.validation import check_choice, check_int
+from sure_kernels.validation import check_choice, check_count
 
 Method = Literal["exact", "histogram"]
+MOST_CLASSES = 2**16
 
 
 class Bounded(NamedTuple):
@@ -131,7 +132,7 @@ class PooledErrors(SumState):
     """Fine histograms of the uncertainty over all voxels seen, where right and where wrong."""
 
     def __init__(self, *, num_classes: int | None = None) -> None:
-        self._kinds = None if num_classes is None else check_int(num_classes, "num_classes")
+        self._kinds = None if num_classes is None else check_count(num_classes, "num_classes", maximum=MOST_CLASSES)
         leading = () if self._kinds is None else (self._kinds,)
         super().__init__(errors=(*leading, 2, BINS), undefined=())
 

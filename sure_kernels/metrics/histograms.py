@@ -13,6 +13,7 @@ from sure_kernels.ops.histograms import op
 from sure_kernels.ops.histograms.reference import HALF, Parts
 from sure_kernels.validation import (
     FLOAT_DTYPES,
+    check_count,
     check_float_map,
     check_int,
     check_mask,
@@ -23,6 +24,8 @@ from sure_kernels.validation import (
 
 # Probabilities may exceed 1 by so much: half-precision rounding.
 _SLACK = 1e-3
+# Far above what is of use, below what no machine holds; classes as many as uint16 labels tell apart.
+MOST_BINS = MOST_CLASSES = 2**16
 
 
 class SegmentationHistograms(NamedTuple):
@@ -109,10 +112,7 @@ def histograms_of(
 
 
 def check_num_bins(num_bins: object) -> int:
-    number = check_int(num_bins, "num_bins")
-    if number < 1:
-        raise ValueError(f"num_bins: expected at least 1, got {num_bins}")
-    return number
+    return check_count(num_bins, "num_bins", maximum=MOST_BINS)
 
 
 def _check_range(p: Tensor) -> None:
@@ -155,7 +155,9 @@ class PooledHistograms(SumState):
     def __init__(self, *, num_bins: int = 10, num_classes: int | None = None) -> None:
         self._num_bins, self._num_classes = check_num_bins(num_bins), num_classes
         sizes = {"reliability": (3, self._num_bins), "confidence": (2, 2 * HALF), "loss": (4,), "undefined": (2,)}
-        leading = () if num_classes is None else (check_int(num_classes, "num_classes"),)
+        leading = (
+            () if num_classes is None else (check_count(num_classes, "num_classes", minimum=2, maximum=MOST_CLASSES),)
+        )
         super().__init__(**{name: (*leading, *sizes[name]) for name in (*self.needs, "undefined")})
 
     def update(

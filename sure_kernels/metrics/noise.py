@@ -12,7 +12,15 @@ from sure_kernels.kernel_lib.chunks import serial_slices
 from sure_kernels.metrics.points import as_points, as_result, match, match_boolean
 from sure_kernels.metrics.state import SumState
 from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
-from sure_kernels.validation import check_int, check_number, check_same_device
+from sure_kernels.validation import (
+    FLOAT_DTYPES,
+    INT_DTYPES,
+    check_count,
+    check_distances,
+    check_number,
+    check_same_device,
+    values_checked,
+)
 
 
 class Response(NamedTuple):
@@ -68,9 +76,7 @@ class NoiseResponse(SumState):
     """`noise_response` over all near voxels seen, at a fixed number of levels: `compute` gives a Response."""
 
     def __init__(self, *, num_levels: int) -> None:
-        steps = check_int(num_levels, "num_levels") - 1
-        if steps < 1:
-            raise ValueError(f"num_levels: expected at least 2, got {num_levels}")
+        steps = check_count(num_levels, "num_levels", minimum=2) - 1
         super().__init__(rising=(steps,), changing=(steps,), near=(), undefined=(), correlation=(), varying=())
 
     def update(
@@ -84,6 +90,8 @@ class NoiseResponse(SumState):
     ) -> None:
         """Add a batch; arguments and errors of `noise_response`."""
         sums, _ = _sums(maps, levels, distance, near, mask)
+        if len(levels) - 1 != len(self.sums["rising"]):
+            raise ValueError(f"levels: expected {len(self.sums['rising']) + 1} of them, got {len(levels)}")
         self._add(**{name: t.sum(0) for name, t in sums.items()})
 
     def _result(self, **sums: Tensor) -> tuple[Response, Response]:
@@ -112,13 +120,21 @@ def _sums(
     rising, changing (N, levels - 1): voxels that follow the level, near voxels of rows where it changes at all.
     near, undefined (N,): near voxels, and those with a NaN. correlation, varying (N,): sum over voxels, their number.
     """
+    for name, given in (("maps", maps), ("levels", levels)):
+        if not isinstance(given, (list, tuple, Tensor)) or (isinstance(given, Tensor) and not given.ndim):
+            raise TypeError(f"{name}: expected a sequence, got {type(given).__name__}")
     if len(maps) < 2 or len(maps) != len(levels):
         raise ValueError(f"maps: expected two or more and as many levels, got {len(maps)} and {len(levels)}")
     first = as_points(maps[0], "maps[0]")
     u = [match(as_points(m, f"maps[{i}]"), f"maps[{i}]", first, "maps[0]").detach() for i, m in enumerate(maps)]
-    close = match(distance, "distance", first, "maps[0]") <= check_number(near, "near")
-    if mask is not None:
-        close = close & match_boolean(mask, "mask", first, "maps[0]")
+    counted = None if mask is None else match_boolean(mask, "mask", first, "maps[0]")
+    d = match(distance, "distance", first, "maps[0]")
+    if not d.is_floating_point():
+        raise TypeError(f"distance: expected floating point, got {d.dtype}")
+    check_distances(d, counted)
+    close = d <= check_number(near, "near")
+    if counted is not None:
+        close = close & counted
     n = len(u[0])
     level = torch.stack([_level(value, i, n, first) for i, value in enumerate(levels)])  # (levels, N)
     direction = level.diff(dim=0).sign().T  # (N, levels - 1)
@@ -148,6 +164,10 @@ def _level(value: object, i: int, n: int, like: Tensor) -> Tensor:
     """(N,) float64."""
     name = f"levels[{i}]"
     if isinstance(value, Tensor):
+        if value.dtype not in (*FLOAT_DTYPES, *INT_DTYPES):
+            raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
+        if values_checked(value) and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
         if value.ndim == 0:
             return value.to(like.device, torch.float64).expand(n)
         check_same_device(value, name, like, "maps[0]")

@@ -17,6 +17,7 @@ from sure_kernels.metrics.calibration import (
 )
 from sure_kernels.metrics.detection import Bounded, auprc, aurc, auroc, from_histograms
 from sure_kernels.metrics.histograms import (
+    MOST_CLASSES,
     Columns,
     SegmentationHistograms,
     check_num_bins,
@@ -27,7 +28,7 @@ from sure_kernels.metrics.overlap import ueo_of
 from sure_kernels.metrics.state import SumState
 from sure_kernels.metrics.undefined import Undefined, answer, scored
 from sure_kernels.ops.histograms.reference import BINS, HALF
-from sure_kernels.validation import check_int
+from sure_kernels.validation import check_count, plain_tensor
 
 
 class SegmentationScores(NamedTuple):
@@ -90,6 +91,7 @@ def calibration_error_detection(
     Raises:
         TypeError: dtypes. ValueError: shapes, labels or probabilities out of range, a mask that is not 0/1.
     """
+    plain_tensor(uncertainty, "uncertainty")  # which may be None below
     sums = segmentation_histograms(
         probability, target, uncertainty, num_bins=num_bins, mask=mask, ignore_index=ignore_index
     )
@@ -100,7 +102,8 @@ class CalibrationErrorDetection(SumState):
     """`calibration_error_detection` over all voxels seen: `compute` gives SegmentationScores without the axis N."""
 
     def __init__(self, num_classes: int, *, num_bins: int = 10) -> None:
-        k, self._num_bins = check_int(num_classes, "num_classes"), check_num_bins(num_bins)
+        k = check_count(num_classes, "num_classes", minimum=2, maximum=MOST_CLASSES)
+        self._num_bins = check_num_bins(num_bins)
         super().__init__(
             reliability=(k + 1, 3, self._num_bins),
             confidence=(k + 1, 2, 2 * HALF),
@@ -119,6 +122,7 @@ class CalibrationErrorDetection(SumState):
         ignore_index: int = -100,
     ) -> None:
         """Add a batch; arguments and errors of `calibration_error_detection`."""
+        plain_tensor(uncertainty, "uncertainty")
         sums = segmentation_histograms(
             probability, target, uncertainty, num_bins=self._num_bins, mask=mask, ignore_index=ignore_index
         )

@@ -8,11 +8,11 @@ from torch import Tensor
 from sure_kernels.validation import (
     FLOAT_DTYPES,
     INT_DTYPES,
+    as_boolean,
     check_same_device,
     plain_tensor,
     shape_of,
     torch_integer,
-    values_checked,
 )
 
 
@@ -71,18 +71,9 @@ def match_kinds(value: object, name: str, points: Tensor, points_name: str) -> T
     return match_boolean(tensor, name, points, points_name)[:, None]
 
 
-def as_boolean(tensor: Tensor, name: str) -> Tensor:
-    """Booleans as they are; numbers must be 0 or 1."""
-    if tensor.dtype == torch.bool:
-        return tensor
-    if values_checked(tensor) and not bool(((tensor == 0) | (tensor == 1)).all()):
-        raise ValueError(f"{name}: expected only 0 and 1, got other values")
-    return tensor != 0
-
-
 def match_groups(groups: object, points: Tensor, points_name: str) -> Tensor:
     """`match`, of integers (or booleans) that name the group of each point."""
     tensor = match(groups, "groups", points, points_name)
     if tensor.dtype not in (*INT_DTYPES, torch.bool):
         raise TypeError(f"groups: expected an integer dtype, got {tensor.dtype}")
-    return torch_integer(tensor)
+    return torch_integer(tensor, "groups")

@@ -143,6 +143,7 @@ class UncertaintyCorrelation(CaseMean):
     """The mean of `uncertainty_correlation` over the cases where it is defined: ranks have no sums to pool."""
 
     def __init__(self, *, compat: Literal["official"] | None = None) -> None:
+        check_compat(compat)
         super().__init__(uncertainty_correlation, compat=compat)
 
 
@@ -156,6 +157,9 @@ class UncertaintyRatio(CaseMean):
         ties: Literal["exclude", "official"] = "exclude",
         compat: Literal["official"] | None = None,
     ) -> None:
+        check_choice(relation, "relation", ("decreasing", "increasing"))
+        check_choice(ties, "ties", ("exclude", "official"))
+        check_compat(compat)
         super().__init__(uncertainty_ratio, relation=relation, ties=ties, compat=compat)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sure_kernels.metrics.undefined import Undefined, scored
+from sure_kernels.validation import check_process_group
 
 
 class SumState(ABC):
@@ -30,6 +31,7 @@ class SumState(ABC):
         With `return_reason` also why it is NaN, as the function of the same name returns it.
         """
         sums = self.sums
+        check_process_group(process_group)
         if process_group is not None:
             joined = torch.cat([t.flatten() for t in sums.values()])
             dist.all_reduce(joined, group=process_group)
@@ -59,11 +61,15 @@ class CaseMean(SumState):
     def __init__(self, function: Callable[..., Tensor], **options: Any) -> None:
         """`options` are passed on to `function` at every update."""
         super().__init__(total=(), cases=())
+        if not callable(function):
+            raise TypeError(f"function: expected a callable, got {type(function).__name__}")
         self._function, self._options = function, options
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Add a batch; arguments and errors of the function."""
         per_case = self._function(*args, **self._options, **kwargs)
+        if not isinstance(per_case, Tensor):
+            raise TypeError(f"function: expected one that returns a torch.Tensor, got {type(per_case).__name__}")
         defined = ~per_case.isnan()
         self._add(total=per_case.where(defined, 0).sum(), cases=defined.double().sum())
 

@@ -246,10 +246,11 @@ def covariance(sets: Sets) -> Ranking:
         return sets.by_row(sets.sum(x)) / number
 
     variance = moment(dy * dy)
-    usable = (variance > FLAT**2 * moment(sets.score.double().square())) & (number > 1)
+    # Negated, so that NaN comes through.
+    usable = ~(variance <= FLAT**2 * moment(sets.score.double().square())) & (number > 1)
     inverse = torch.where(usable, variance, 1.0).rsqrt()
     value = moment(dx * dy) * inverse
-    active = usable & (value > 0)
+    active = usable & ~(value <= 0)
     factor = torch.where(active, inverse / number, 0.0)
     return Ranking(torch.where(active, value, 0.0), dy * sets.spread(factor[sets.image]))
 

@@ -63,7 +63,8 @@ def _centred(x: Tensor, groups: Tensor | None) -> Tensor:
 
 
 def _varies(x: Tensor, centred: Tensor) -> bool:
-    return bool(centred.square().mean() > FLAT**2 * x.square().mean())
+    # Negated, so that NaN comes through.
+    return not bool(centred.square().mean() <= FLAT**2 * x.square().mean())
 
 
 def pairwise_ranking(
