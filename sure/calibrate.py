@@ -34,7 +34,7 @@ from sure.checkpoint import Run, load_run, weights_digest
 from sure.data import IGNORE, discover, load_case, patient_of
 from sure.errors import UserError
 from sure.evaluate import check_cases, choose_cases
-from sure.files import write_text
+from sure.files import read_json, write_text
 from sure.inference import Inference, infer
 from sure.results import describe_run, environment, json_text, plain
 
@@ -238,7 +238,7 @@ def load_calibration(path: Path, run: Run, scope: Scope = "overall") -> Abstenti
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,13 @@ import yaml
 from torch import nn
 
 from sure.config import TrainConfig, load_config, to_dict
+from sure.data import IGNORE
 from sure.errors import UserError
-from sure.files import atomic, write_text
+from sure.files import atomic, read_json, write_text
 from sure.models import build_model
 
+# Image channels that a run may claim: what a damaged file says is not built.
+MOST_CHANNELS = 1024
 CHECKPOINTS = ("final", "best", "latest")
 Name = Literal["final", "best", "latest"]
 
@@ -71,7 +75,9 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are then refused
+            state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a checkpoint that can be loaded safely: {reason[:200]}") from error
@@ -99,9 +105,18 @@ def read_experiment(run: Path) -> Experiment:
     """run.json of a run folder. Raises UserError where it is missing or damaged."""
     path = run / "run.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         for key in ("class_names", "train", "held_out"):
+            if not isinstance(values[key], list) or not all(isinstance(name, str) for name in values[key]):
+                raise ValueError(f"{key}: expected a list of names, found {str(values[key])[:80]}")
             values[key] = tuple(values[key])
+        for key, least, most in (("num_classes", 2, IGNORE), ("in_channels", 1, MOST_CHANNELS)):
+            number = values[key]
+            if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
+                raise ValueError(f"{key}: expected a whole number from {least} to {most}, found {str(number)[:80]}")
+        if len(values["class_names"]) != values["num_classes"]:
+            found = len(values["class_names"])
+            raise ValueError(f"class_names: expected {values['num_classes']}, one a class, found {found}")
         return Experiment(**values)
     except FileNotFoundError as error:
         raise UserError(f"{run}: not a run folder: it has no run.json") from error
@@ -123,7 +138,10 @@ def load_run(run: Path, *, checkpoint: str = "final", device: str | torch.device
         found = ", ".join(n for n in CHECKPOINTS if checkpoint_path(run, n).is_file()) or "none"
         raise UserError(f"{run}: has no {checkpoint} checkpoint (found: {found}); has its training finished?")
     state = read_checkpoint(path, device)
-    model = build_model(config, experiment.in_channels, experiment.num_classes)
+    try:
+        model = build_model(config, experiment.in_channels, experiment.num_classes)
+    except (RuntimeError, ValueError, TypeError) as error:  # MONAI's; torch's, where it would not fit in memory
+        raise UserError(f"{run / 'config.yaml'}: no such network can be built: {str(error)[:200]}") from error
     load_weights(model, state["model"], path)
     epoch = state.get("epoch")
     if not isinstance(epoch, int):
@@ -144,6 +162,10 @@ def load_run(run: Path, *, checkpoint: str = "final", device: str | torch.device
 
 def load_weights(model: nn.Module, weights: dict[str, Any], source: Path) -> None:
     """Copy `weights` into `model`. Raises UserError naming `source` where they do not fit."""
+    own = model.state_dict()
+    for name, value in weights.items() if isinstance(weights, dict) else ():
+        if isinstance(value, torch.Tensor) and value.is_complex() and name in own:
+            raise UserError(f"{source}: weights do not fit the network: {name} is complex, expected {own[name].dtype}")
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -390,6 +390,11 @@ def _dispatch(args: list[str]) -> Any:
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         return _usage(args)
     name, rest = args[0], args[1:]
+    given = [arg.split("=", 1)[1] if arg.startswith("--") and "=" in arg else arg for arg in rest]
+    blank = [i for i, value in enumerate(given) if not value.strip()]
+    if blank:
+        before = args[blank[0]]
+        raise UserError(f"expected a value after {before!r}, got a blank one (a variable that is not set?)")
     if name != "train" and _several():
         raise SharedError(f"`sure {name}` runs in one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} (torchrun?)")
     with_settings = {"train": _train_command, "compare": _compare_command}

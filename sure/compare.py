@@ -20,7 +20,7 @@ from sure.checkpoint import checkpoint_path, read_experiment
 from sure.config import TrainConfig, changes, load_config, load_preset, presets, to_dict
 from sure.errors import UserError
 from sure.evaluate import evaluate
-from sure.files import atomic, write_text
+from sure.files import atomic, read_json, write_text
 from sure.report import figures
 from sure.results import csv_table, environment, interval, json_text, plain
 from sure.robustness import robustness
@@ -146,7 +146,7 @@ def _scored(run: Path, data: Path, out: Path, name: Path, device: torch.device, 
     if not (evaluation / "metrics.json").is_file():
         evaluate(run, data, evaluation, device=device, progress=progress)
     if (sweep / "robustness.json").is_file():
-        report = json.loads((sweep / "robustness.json").read_text(encoding="utf-8"))
+        report = read_json(sweep / "robustness.json")
     else:
         report = robustness(run, data, sweep, corruptions=SWEEPS, device=device, progress=progress)
     table = {"clean": _by_metric(report["clean"]["cases"])}

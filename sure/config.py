@@ -148,6 +148,10 @@ class TrainConfig:
 
 
 def _problems(c: TrainConfig) -> typing.Iterator[str]:
+    empty = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) == ()]
+    if empty:
+        yield f"{', '.join(empty)}: expected one number or more, got none"
+        return
     if len(c.patch_size) not in (1, c.spatial_dims):
         yield f"patch_size: expected 1 or {c.spatial_dims} numbers, got {c.patch_size}"
     if min(c.patch_size) < 1:
@@ -224,7 +228,7 @@ def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
 def from_dict(values: dict[str, Any], *, source: str = "configuration") -> TrainConfig:
     """A config from plain values; unknown keys and wrong types raise UserError naming `source` and the key."""
     hints = typing.get_type_hints(TrainConfig)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(str(key) for key in set(values) - set(hints))
     if unknown:
         raise UserError(f"{source}: unknown keys {', '.join(unknown)}; known are {', '.join(hints)}")
     return TrainConfig(**{k: _coerce(v, hints[k], f"{source}: {k}") for k, v in values.items()})
@@ -246,8 +250,10 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """Read a YAML file of TrainConfig fields; fields left out are those of `base`, or the defaults."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: cannot be read as YAML: nested too deeply") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -268,7 +274,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
+        if not items:
+            raise UserError(f"{where}: expected one value or more, got none")
         return tuple(_coerce(item, args[0], where) for item in items)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where}: expected a 64-bit number, got a larger one")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str):

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from sure.errors import UserError
+
+
+def resolved(path: Path) -> Path:
+    """`path` absolute and without links. Raises UserError for links that lead round in a circle."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError) as error:  # RuntimeError is Python 3.11's and 3.12's
+        raise UserError(f"{path}: expected a path, found a loop of symbolic links") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OSError, or ValueError for anything that is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 @contextmanager
@@ -33,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block succeeds, and goes when it fails."""
-    out = out.resolve()  # a link's target is replaced, not the link
+    out = resolved(out)  # a link's target is replaced, not the link
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

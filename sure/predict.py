@@ -19,6 +19,7 @@ from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faul
 from sure.data.layouts import MISSING_LABEL
 from sure.data.nifti import SUFFIXES, is_nifti, stem
 from sure.errors import UserError
+from sure.files import resolved
 from sure.inference import infer_slabs
 
 QUANTISED = {"uint8": 1 / 255, "uint16": 1 / 65535}
@@ -168,7 +169,7 @@ def _check_images(cases: Sequence[Case], run: Run, progress: bool) -> list[Fault
 def _check_outputs(cases: Sequence[Case], out: Path, results: Sequence[str]) -> list[Fault]:
     """Two cases for one name, and results that would replace an input."""
     first: dict[str, Case] = {}
-    inputs = {path.resolve() for case in cases for path in case.images}
+    inputs = {resolved(path) for case in cases for path in case.images}
     faults = []
     for case in cases:
         other = first.setdefault(case.name, case)
@@ -177,7 +178,7 @@ def _check_outputs(cases: Sequence[Case], out: Path, results: Sequence[str]) -> 
         faults += [
             Fault(case.name, path, "the result would replace an input")
             for path in _outputs(case, out, results)
-            if path.resolve() in inputs
+            if resolved(path) in inputs
         ]
     return faults
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 import sure
 from sure.checkpoint import Run
 from sure.errors import UserError
+from sure.files import read_json
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -114,7 +115,7 @@ def check_replaceable(out: Path, main: str, kind: str, others: Sequence[str]) ->
     if not present:
         return
     try:
-        earlier = json.loads((out / main).read_text(encoding="utf-8")).get("kind") == kind
+        earlier = read_json(out / main).get("kind") == kind
     except (OSError, ValueError, AttributeError):
         earlier = False
     if not earlier or present - {main, *others}:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import sure_kernels as sk
 from sure_kernels import metrics
 
+DOCS = Path(__file__).parents[1] / "docs" / "reliability.md"
 NAN, INF = math.nan, math.inf
 GENERATOR = torch.Generator().manual_seed(0)
 Z = torch.randn((2, 3, 4, 5), generator=GENERATOR)
@@ -337,3 +339,10 @@ def test_values_are_not_read_where_checks_are_off(monkeypatch):
     supervised(distance=-D)
     loss(spoilt(Z))
     response(distance=-D)
+
+
+def test_the_table_of_the_docs_is_this_one():
+    rows = [line.split("|")[1:3] for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+    listed = {case.strip(): error.strip() for case, error in rows}
+    for name, (_, error, message) in BAD.items():
+        assert listed[name] == f"{error.__name__}: {message.split(':')[0]}".replace("\\", "")

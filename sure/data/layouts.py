@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 
 from sure.data.nifti import SUFFIXES, is_nifti, stem
 from sure.errors import UserError
+from sure.files import read_json
 
 IMAGE_FOLDERS = ("images", "imagesTr", "image", "imgs", "img", "volumes")
 LABEL_FOLDERS = (
@@ -94,7 +94,7 @@ def _described(root: Path) -> Dataset:
     """A folder with dataset.json: nnU-Net (v2 keys) or Decathlon."""
     file = root / "dataset.json"
     try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
+        spec = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(spec, dict):

@@ -15,7 +15,7 @@ from scipy.special import ndtr
 
 from sure.data.nifti import save_nifti
 from sure.errors import UserError
-from sure.files import atomic_folder
+from sure.files import atomic_folder, resolved
 
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 SPACING = (1.6, 1.6, 2.2)
@@ -86,7 +86,7 @@ def write_phantoms(out: Path, *, cases: int = 24, shape: tuple[int, int, int] = 
     The same `seed` gives the same files. The folder appears complete or not at all. Raises UserError for bad
     sizes and seeds, and where `out` holds anything already.
     """
-    out = Path(out).resolve()
+    out = resolved(Path(out))
     if cases < 1:
         raise UserError(f"cases: expected at least 1, got {cases}")
     if seed < 0:
