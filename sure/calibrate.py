@@ -17,7 +17,6 @@ over both. It holds on average over patients and calibrations: not for each case
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

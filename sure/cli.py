@@ -338,9 +338,19 @@ def report(
         out: file to write.
         title: heading of the page.
     """
+    from zipfile import BadZipFile
+
+    from jinja2 import UndefinedError
+
     from sure.report import write_report
 
-    print(write_report(evaluations, out, title))
+    # What a damaged or edited evaluation may lead to, wherever it is read.
+    damage = (LookupError, TypeError, AttributeError, ValueError, EOFError, RecursionError, UndefinedError, BadZipFile)
+    try:
+        print(write_report(evaluations, out, title))
+    except damage as error:
+        folders, what = ", ".join(map(str, evaluations)), " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folders}: not whole evaluations ({what[:120]}); sure evaluate writes them anew") from error
 
 
 def doctor() -> int:
@@ -390,11 +400,10 @@ def _dispatch(args: list[str]) -> Any:
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         return _usage(args)
     name, rest = args[0], args[1:]
-    given = [arg.split("=", 1)[1] if arg.startswith("--") and "=" in arg else arg for arg in rest]
-    blank = [i for i, value in enumerate(given) if not value.strip()]
-    if blank:
-        before = args[blank[0]]
-        raise UserError(f"expected a value after {before!r}, got a blank one (a variable that is not set?)")
+    for before, arg in zip(args, rest, strict=False):
+        flag, equals, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        if not value.strip() and (equals or not arg.startswith("--")):
+            raise UserError(f"expected a value after {flag!r}, got a blank one (a variable that is not set?)")
     if name != "train" and _several():
         raise SharedError(f"`sure {name}` runs in one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} (torchrun?)")
     with_settings = {"train": _train_command, "compare": _compare_command}

@@ -6,7 +6,6 @@ interrupted, or is asked for more arms or folds, goes on from what is there.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -231,7 +231,11 @@ def from_dict(values: dict[str, Any], *, source: str = "configuration") -> Train
     unknown = sorted(str(key) for key in set(values) - set(hints))
     if unknown:
         raise UserError(f"{source}: unknown keys {', '.join(unknown)}; known are {', '.join(hints)}")
-    return TrainConfig(**{k: _coerce(v, hints[k], f"{source}: {k}") for k, v in values.items()})
+    checked = {k: _coerce(v, hints[k], f"{source}: {k}") for k, v in values.items()}
+    try:
+        return TrainConfig(**checked)
+    except UserError as error:
+        raise UserError(str(error).replace("configuration", source, 1)) from error
 
 
 def presets() -> list[str]:
@@ -274,8 +278,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        if not items:
-            raise UserError(f"{where}: expected one value or more, got none")
         return tuple(_coerce(item, args[0], where) for item in items)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{where}: expected a 64-bit number, got a larger one")

@@ -64,7 +64,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             os.replace(out, earlier)  # onto an empty folder
             try:
                 os.replace(folder, out)
-            except OSError:
+            except BaseException:  # Ctrl-C too
                 os.replace(earlier, out)
                 raise
             shutil.rmtree(earlier)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sure_kernels import functional, schedules
 from sure_kernels.kernel_lib.labels import counted_voxels
 from sure_kernels.validation import (
+    FLOAT64_MAX,
     Numbers,
     check_bool,
     check_logits,
@@ -140,7 +141,7 @@ class GradientUncertaintyLoss(_Options):
         process_group: Any | None = None,
         compat: str | None = None,
     ) -> None:
-        check_number(max_distance, "max_distance")
+        check_number(max_distance, "max_distance", largest=FLOAT64_MAX)
         functional.check_method(relation, method, num_pairs, process_group=process_group, compat=compat)
         functional.check_soft(soft)
         super().__init__(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sure.errors import UserError
-from sure.files import read_json, write_text
+from sure.files import write_text
 from sure.report import figures
 from sure.report.glossary import METRICS, Metric, describe
 from sure_kernels.metrics import Reliability
@@ -56,18 +56,7 @@ def write_report(
         raise UserError("evaluations: expected at least one folder")
     if out.is_dir():
         raise UserError(f"{out}: expected a file name, found a folder")
-    try:
-        html = _html(_load(evaluations), title)
-    except (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, UndefinedError, BadZipFile) as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise UserError(
-            f"{', '.join(map(str, evaluations))}: not whole evaluations ({what}); sure evaluate writes them anew"
-        ) from error
-    write_text(out, html)
-    return out
-
-
-def _html(runs: Sequence[_Evaluation], title: str) -> str:
+    runs = _load(evaluations)
     environment = Environment(
         loader=PackageLoader("sure.report", "."),
         autoescape=True,
@@ -75,7 +64,7 @@ def _html(runs: Sequence[_Evaluation], title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
+    html = environment.get_template("page.html.j2").render(
         title=title,
         same_cases=all(run.cases.keys() == runs[0].cases.keys() for run in runs),
         runs=[{"name": run.name, **run.values} for run in runs],
@@ -88,6 +77,8 @@ def _html(runs: Sequence[_Evaluation], title: str) -> str:
         glossary=METRICS,
         cases=_case_table(runs),
     )
+    write_text(out, html)
+    return out
 
 
 def _load(folders: Sequence[Path]) -> list[_Evaluation]:
@@ -95,7 +86,7 @@ def _load(folders: Sequence[Path]) -> list[_Evaluation]:
     loaded = []
     for folder in map(Path, folders):
         try:
-            values = read_json(folder / "metrics.json")
+            values = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: expected an evaluation with metrics.json ({error})") from error
         if not isinstance(values, dict) or values.get("kind") != "sure evaluation":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels.backends import get_backend
+from sure_kernels.metrics.histograms import MOST_CLASSES
 from sure_kernels.metrics.points import as_points, match_boolean, match_kinds, rows
 from sure_kernels.metrics.state import SumState
 from sure_kernels.metrics.undefined import Scored, Undefined, answer, scored
@@ -28,7 +29,6 @@ from sure_kernels.ops.histograms.reference import BINS
 from sure_kernels.validation import check_choice, check_count
 
 Method = Literal["exact", "histogram"]
-MOST_CLASSES = 2**16
 
 
 class Bounded(NamedTuple):
