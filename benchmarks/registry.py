@@ -148,11 +148,11 @@ def _kornia() -> Function:
 def _scipy_distance() -> Function:
     from scipy import ndimage
 
-    from sure_kernels.ops.boundary_distance.reference import boundary_distance as reference
+    from sure_kernels.ops.boundary_distance.reference import boundary_voxels
 
     def call(target: Tensor, **_: Any) -> Tensor:
-        boundary = reference(target, max_distance=0.0, spacing=(1.0,) * (target.ndim - 1), ignore_index=-100) == 0
-        return torch.stack([torch.from_numpy(ndimage.distance_transform_edt(~b[0].numpy())) for b in boundary])
+        boundary = boundary_voxels(target, ignore_index=-100)
+        return torch.stack([torch.from_numpy(ndimage.distance_transform_edt(~b.numpy())) for b in boundary])
 
     return call
 
@@ -161,11 +161,11 @@ def _edt() -> Function:
     import edt
     import numpy as np
 
-    from sure_kernels.ops.boundary_distance.reference import boundary_distance as reference
+    from sure_kernels.ops.boundary_distance.reference import boundary_voxels
 
     def call(target: Tensor, **_: Any) -> Tensor:
-        boundary = reference(target, max_distance=0.0, spacing=(1.0,) * (target.ndim - 1), ignore_index=-100) == 0
-        maps = [edt.edt(np.ascontiguousarray(~b[0].numpy()), parallel=torch.get_num_threads()) for b in boundary]
+        boundary = boundary_voxels(target, ignore_index=-100)
+        maps = [edt.edt(np.ascontiguousarray(~b.numpy()), parallel=torch.get_num_threads()) for b in boundary]
         return torch.stack([torch.from_numpy(m) for m in maps])
 
     return call
@@ -197,12 +197,12 @@ def _sklearn_auroc() -> Function:
 def _noised(g: torch.Generator, s: Setting) -> Arguments:
     clean, noisy = (torch.rand((s.batch, 1, *s.shape), generator=g) for _ in range(2))
     distance = sk.boundary_distance(_example("boundary_distance")(g, s)[0][0], max_distance=4.0)
-    return (clean, noisy, distance), {}
+    return (noisy, clean, distance), {}
 
 
 def _noise_loss(namespace: Any) -> Function:
-    """The noise losses at every voxel, without the pairs of L_d."""
-    return lambda clean, noisy, distance: namespace.noise_uncertainty_loss(
+    """The noise losses at every voxel, without the pairs of L_d; L_mu's gradient is the noisy map's."""
+    return lambda noisy, clean, distance: namespace.noise_uncertainty_loss(
         clean, [noisy], [1.0], distance, weights=(1.0, 0.0, 1.0)
     )
 
