@@ -2,7 +2,7 @@
 
 python -m benchmarks run --largest 128            # print; --out FILE.json keeps it
 python -m benchmarks run --record                 # green tests and a clean tree: benchmarks/results/MACHINE.json
-python -m benchmarks plot                         # benchmarks/RESULTS.md and plots from all recorded files
+python -m benchmarks plot                         # RESULTS.md, plots and the README's tables from all recorded files
 python -m benchmarks profile --size 256           # where the time of one op goes
 python -m benchmarks compare OLD.json NEW.json
 """
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--out", type=Path, help="write the results as JSON, after every row")
     run.add_argument("--record", action="store_true", help="write them to benchmarks/results, if tests and tree allow")
     run.set_defaults(command=_run)
-    plot = commands.add_parser("plot", help="make RESULTS.md and the plots")
+    plot = commands.add_parser("plot", help="make RESULTS.md, the plots and the README's tables")
     plot.set_defaults(command=_plot)
     profile = commands.add_parser("profile", help="where the time of a large case goes, kernel by kernel")
     profile.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

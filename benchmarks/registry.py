@@ -44,6 +44,8 @@ SETTINGS = (
 QUICK = (_cube("volume", 32), _cube("volume", 64))
 # Compiling takes longer than measuring: these forms are measured where the comparison is looked for.
 TEXTBOOK, COMPILED_TEXTBOOK = "textbook", "textbook, torch.compile"
+# Ours where there is neither compiler nor GPU.
+EAGER = "sure_kernels, without compiler"
 COMPILED_AT = tuple(_cube("volume", n) for n in (32, 64, 128))
 # The row that the README quotes.
 HEADLINE = _cube("volume", 128)
@@ -114,8 +116,16 @@ def _compiled_textbook(op: str) -> Peer:
     return load
 
 
+def _eager(op: str) -> Peer:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with sk.backend("eager"):
+            return getattr(sk, op)(*args, **kwargs)
+
+    return lambda: call
+
+
 def _forms(op: str) -> dict[str, Peer]:
-    return {TEXTBOOK: _textbook(op), COMPILED_TEXTBOOK: _compiled_textbook(op)}
+    return {EAGER: _eager(op), TEXTBOOK: _textbook(op), COMPILED_TEXTBOOK: _compiled_textbook(op)}
 
 
 def _monai(name: str, **options: Any) -> Peer:

@@ -1,4 +1,4 @@
-"""Results as a page, a plot and a comparison."""
+"""Results as a page, the README's tables, a plot and a comparison."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results, steps
-from benchmarks.registry import COMPILED_TEXTBOOK, HEADLINE, OURS, TEXTBOOK
+from benchmarks.registry import COMPILED_TEXTBOOK, EAGER, HEADLINE, OURS, TEXTBOOK
 from sure.files import write_text
 
 PAGE = results.ROOT / "benchmarks" / "RESULTS.md"
 PLOTS = results.ROOT / "docs" / "images"
+README = results.ROOT / "README.md"
+# What `plot` writes in the README stands between these.
+BEGIN, END = "<!-- begin: python -m benchmarks plot -->", "<!-- end -->"
 Row = dict[str, Any]
 
 
@@ -48,6 +51,59 @@ def table(rows: Iterable[Row]) -> list[str]:
             f"| {row['peak']:.2f} | {row['gigabytes_per_second']:.1f} | {100 * row['share_of_copy']:.0f} % |"
         )
     return lines
+
+
+def _origin(machine: dict[str, Any]) -> str:
+    """Where, when and of which versions."""
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    packages = ("python", "torch", "triton", "monai")
+    versions = ", ".join(f"{name} {machine[name]}" for name in packages if machine.get(name, "-") != "-")
+    return f"{where}, {machine['date']}, commit {machine['commit']}, {versions}"
+
+
+def summary(path: Path) -> str:
+    """The README's lines on one file: each op at the headline size beside what one would run instead, and the steps."""
+    found = results.read(path)
+    by_op: dict[str, dict[str, Row]] = {}
+    for row in _headline(found["rows"]):
+        by_op.setdefault(row["op"], {})[row["form"]] = row
+    size = HEADLINE.shape[0]
+    lines = [
+        f"{_origin(found['machine'])}; {size}^3 voxels, {HEADLINE.classes} classes, float32, medians of forward and "
+        "backward where there is one:",
+        "",
+        "| | ours | without compiler | textbook form | the same under `torch.compile` | held for backward | others |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for op, forms in by_op.items():
+        if OURS not in forms:
+            continue
+        ours = forms[OURS]["both"]["median"]
+
+        def cell(form: str, forms: dict[str, Row] = forms, ours: float = ours) -> str:
+            if form not in forms:
+                return ""
+            seconds = forms[form]["both"]["median"]
+            return f"{_milliseconds(seconds)} ({seconds / ours:.1f} x)"
+
+        named = (OURS, EAGER, TEXTBOOK, COMPILED_TEXTBOOK)
+        kept = [f"{forms[form]['kept']:.1f}" for form in (OURS, TEXTBOOK) if "kept" in forms.get(form, {})]
+        others = ", ".join(
+            f"{form} {_milliseconds(r['both']['median'])}" for form, r in forms.items() if form not in named
+        )
+        cells = (_milliseconds(ours), *(cell(form) for form in named[1:]), " against ".join(kept), others)
+        lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
+    lines += ["", "*Held for backward* is in units of the logits (of the first argument)."]
+    if "steps" in found:
+        lines += ["", *_steps(found["steps"])]
+    return "\n".join(lines)
+
+
+def readme(text: str, files: Iterable[Path]) -> str:
+    """`text` with the summaries of all files between the marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n" + "\n\n".join(summary(path) for path in files) + f"\n{END}{after}"
 
 
 def _same(row: Row) -> tuple[Any, ...]:
@@ -113,16 +169,9 @@ def page(files: Iterable[Path]) -> str:
     for path in files:
         found = results.read(path)
         machine = found["machine"]
-        where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-        versions = ", ".join(
-            f"{name} {machine[name]}"
-            for name in ("python", "torch", "triton", "monai")
-            if machine.get(name, "-") != "-"
-        )
         lines += [
-            *("", f"## {where}", ""),
-            f"{machine['date']}, commit {machine['commit']}, {versions}; a copy moves "
-            f"{machine['copy_bandwidth'] / 1e9:.1f} GB/s.",
+            *("", f"## {machine['gpu'] or machine['cpu']}", ""),
+            f"{_origin(machine)}; a copy moves {machine['copy_bandwidth'] / 1e9:.1f} GB/s.",
             *("", *table(_headline(found["rows"])), "", *_verdict(found["rows"]), ""),
             f"![Time against volume](../docs/images/{_plot_name(path)})",
             "",
@@ -204,11 +253,12 @@ def plot(path: Path, folder: Path = PLOTS) -> Path:
 
 
 def write_page() -> list[Path]:
-    """Plots and RESULTS.md from every recorded file; what was written."""
+    """Plots, RESULTS.md and the README's tables from every recorded file; what was written."""
     files = sorted(results.FOLDER.glob("*.json"))
     written = [plot(path) for path in files]
     write_text(PAGE, page(files))
-    return [*written, PAGE]
+    write_text(README, readme(README.read_text(encoding="utf-8"), files))
+    return [*written, PAGE, README]
 
 
 def compare(before: Path, after: Path) -> list[tuple[str, float]]:

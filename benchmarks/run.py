@@ -17,6 +17,7 @@ from benchmarks.registry import (
     CASES,
     COMPILED_AT,
     COMPILED_TEXTBOOK,
+    EAGER,
     OURS,
     QUICK,
     SETTINGS,
@@ -60,7 +61,7 @@ def _why_absent(case: Case, form: str, setting: Setting, args: tuple[Tensor, ...
     voxels = args[0].numel() // (args[0].shape[1] if args[0].ndim > 2 else 1)
     if voxels > case.most.get(form, voxels):
         return f"not run beyond {case.most[form]} voxels"
-    if args[0].numel() * args[0].element_size() * (_OUR_PEAK if form == OURS else _ASSUMED_PEAK) > _free_bytes(
+    if args[0].numel() * args[0].element_size() * (_OUR_PEAK if form in (OURS, EAGER) else _ASSUMED_PEAK) > _free_bytes(
         args[0].device
     ):
         return "too large for this machine"

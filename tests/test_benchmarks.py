@@ -14,7 +14,7 @@ from benchmarks import measure, report, results
 from benchmarks.registry import CASES, OURS, Case, Setting, forms_of
 from benchmarks.run import measure_all
 
-TINY = Setting("volume", 1, 3, (16, 16, 20), torch.float32)
+TINY = Setting("volume", 1, 3, (16, 16, 16), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,21 @@ def test_schema(found, damage, message):
         results.check(broken)
 
 
-def test_page_plot_and_comparison(found, tmp_path):
+def test_page_plot_and_comparison(found, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "HEADLINE", TINY)
     path = tmp_path / "this-machine.json"
     results.write(found, path)
     assert results.read(path) == found
     page = report.page([path])
-    assert "| `evidential_loss` | 1x3x16x16x20 | textbook |" in page
+    assert "| `evidential_loss` | 1x3x16x16x16 | textbook |" in page
     assert "No module named" in page
     assert "Against the textbook form, in 1 rows:" in page
+    text = report.readme(f"Before\n{report.BEGIN}\nold\n{report.END}\nafter\n", [path])
+    assert text.startswith(f"Before\n{report.BEGIN}\n{found['machine']['cpu']}, ")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    ours, textbook = (row["both"]["median"] for row in found["rows"][:2])
+    assert f" ({textbook / ours:.1f} x) |" in text
     assert report.plot(path, tmp_path).stat().st_size > 1000
     slower = copy.deepcopy(found)
     slower["rows"][0]["both"]["median"] *= 3
@@ -106,3 +113,8 @@ def test_nothing_is_recorded_of_a_red_or_dirty_tree(monkeypatch, capsys, status,
 def test_recorded_results_are_sound():
     for path in results.FOLDER.glob("*.json"):
         results.read(path)
+
+
+def test_readme_quotes_the_recorded_results():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.readme(text, sorted(results.FOLDER.glob("*.json"))) == text
