@@ -29,8 +29,8 @@ test-all: venv ## the test suite with the long cases
 compile-check: venv ## compile every kernel for four GPU families, with every pair of its flags; fails on spills
 	$(BIN)/python -m sure_kernels.compile_check
 
-compile-check-full: venv ## every triple of flags and every K (an hour); writes docs/compile-check.md
-	$(BIN)/python -m sure_kernels.compile_check --full --output docs/compile-check.md
+compile-check-full: venv ## every pair of flags on every GPU family, every K (resumes where it stopped); docs/compile-check.md
+	$(BIN)/python -m sure_kernels.compile_check --full --cache build/compile-check.jsonl --output docs/compile-check.md
 
 gpu-check: venv ## on a machine with a GPU, in nine minutes: kernel tests compiled, timings, a profile
 	PATH=$(abspath $(BIN)):$$PATH scripts/gpu_check.sh

@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that need not be there, and look at what came out.
 
     python -m sure_kernels.compile_check            every pair of flags, in minutes
-    python -m sure_kernels.compile_check --full     every triple of flags, every K, and docs/compile-check.md
+    python -m sure_kernels.compile_check --full     every pair on every target, every K; with --cache it resumes
 
 A `kernel.py` takes part by a function `compile_cases()` that returns a list of `KernelCases`, one for each kernel
 and direction: the flags that dispatch can reach, and how the arguments follow from them (see `cases.py`, and
@@ -10,7 +10,7 @@ and direction: the flags that dispatch can reach, and how the arguments follow f
 The check fails where a kernel
 - no longer compiles,
 - spills registers to memory at 16 classes or fewer,
-- multiplies 32-bit integers that end up in an address (see `addressing.py`).
+- multiplies 32-bit integers that end up in an address or a mask (see `addressing.py`).
 """
 
 from sure_kernels.compile_check.cases import Arguments, KernelCases, covering_rows

@@ -11,16 +11,23 @@ from typing import Any
 
 Flags = dict[str, Any]
 
+# The launcher compiles a kernel anew for what it sees of its run-time arguments; these flags say what. Of integers:
+# whether they fit 32 bits, are 1 (those become constants) or multiples of 16. Of pointers: whether they are aligned to
+# 16 bytes; for AMD also whether the storage is `small`, below 2 GiB, which is addressed by 32-bit offsets in bytes.
+INTEGERS = ("i32", "16 i32", "1", "i64", "16 i64")
+POINTERS = ("aligned", "unaligned")
+AMD_POINTERS = ("aligned small", "unaligned small", *POINTERS)
+
 
 @dataclass(frozen=True)
 class Arguments:
     """A kernel's arguments as the compiler needs them.
 
     Attributes:
-        types: type of every run-time argument ("*fp32", "*bf16", "*i64", "i32", "fp32", ...), by name. Pointers are
-            taken to be aligned to 16 bytes, as torch allocates; other numbers are taken to be odd. An argument that is
-            a tuple has a tuple of types.
-        constants: value of every tl.constexpr argument, and of integers equal to 1 (the compiler folds those).
+        types: type of every run-time argument ("*fp32", "*bf16", "*i64", "i32", "fp32", ...), by name; "int" for an
+            integer of 32 bits where it fits and else of 64. An argument that is a tuple has a tuple of types.
+        constants: value of every tl.constexpr argument, and of integers that are always 1.
+        num_warps: for warps of 32 lanes; targets with wider ones get as many threads.
     """
 
     types: Mapping[str, str | tuple[str, ...]]
@@ -37,7 +44,7 @@ class KernelCases:
         op: public name of the op.
         direction: `forward` or `backward`.
         flags: the values of each flag. A flag `K` is the number of classes: all that this kernel serves, of which the
-            check takes its own choice.
+            check takes its own choice. The check adds `integers` and `pointers` (see INTEGERS).
         arguments: (flags) -> Arguments.
         reachable: whether dispatch can reach this combination. Rows not yet complete are tried as well, so as to give
             up early: a KeyError for a flag not chosen yet counts as reachable.
@@ -55,6 +62,15 @@ class KernelCases:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    def launch_flags(self, amd: bool) -> dict[str, tuple[str, ...]]:
+        """`pointers`, and `integers` where the kernel has any that the launcher looks at."""
+        flags = self.flags | {"integers": INTEGERS}
+        rows = (dict(zip(flags, values, strict=True)) for values in itertools.product(*flags.values()))
+        arguments = self.arguments(next(row for row in rows if self.reachable(row)))
+        kinds = {p: arguments.types[p.name] for p in self.kernel.params if p.name not in arguments.constants}
+        looked_at = any(kind == "int" or (kind == "i32" and not p.do_not_specialize) for p, kind in kinds.items())
+        return {"pointers": AMD_POINTERS if amd else POINTERS} | ({"integers": INTEGERS} if looked_at else {})
 
 
 def pointer_type(dtype: str) -> str:

@@ -1,4 +1,4 @@
-"""The run over all kernels: which rows, in which processes, and the table."""
+"""The run over all kernels: which rows, and in which processes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import importlib
 import multiprocessing
 import os
 import pkgutil
-import tempfile
-from collections import Counter
+import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sure_kernels.ops
+from sure_kernels.compile_check import kept
 from sure_kernels.compile_check.cases import Flags, KernelCases, covering_rows
-from sure_kernels.compile_check.offline import TARGETS, Outcome, compile_offline
+from sure_kernels.compile_check.offline import TARGETS, Outcome, compilation
 
 CLASSES = (2, 4, 8, 14, 16, 32)
 OTHER_CLASSES = (4,)
 # From here on a spill is reported but no failure.
 MOST_CLASSES_WITHOUT_SPILL = 16
 MAIN_TARGET = "sm_90"
+# Seconds between two lines on how far the run has come.
+_PROGRESS = 10.0
+# What `jobs` compiles, for whoever reads the table.
+COVERAGE = {
+    False: "On sm_90 every pair of flags, K = 2, 4, 8, 14, 16 and 32; elsewhere every value of each flag, K = 4.",
+    True: "Every pair of flags that dispatch can reach: on sm_90 with the number of classes K as a flag of all its\n"
+    "values, elsewhere with K = 2, 4, 8, 14, 16 and 32. Not every combination of three flags and more.",
+}
 
 
 @dataclass(frozen=True)
@@ -47,84 +57,97 @@ def kernel_modules() -> list[str]:
     return [name for name in rooms if importlib.util.find_spec(name) is not None]
 
 
+def flags_on(cases: KernelCases, target: str, full: bool) -> dict[str, tuple[Any, ...]]:
+    """The flags of a kernel on a target, with the numbers of classes that are compiled there."""
+    main = target == MAIN_TARGET
+    flags = cases.flags | cases.launch_flags(amd=TARGETS[target].backend == "hip")
+    if "K" in flags and not (full and main):
+        wanted = CLASSES if full or main else OTHER_CLASSES
+        flags["K"] = tuple(k for k in wanted if k in flags["K"])
+    return flags
+
+
 def jobs(modules: Sequence[str], targets: Sequence[str], full: bool) -> list[Job]:
     """What to compile.
 
     Every pair of flags with K in CLASSES on the main target, and every value of each flag with K = 4 on the others.
-    With `full` every triple of flags with every K on the main target, and every pair with K in CLASSES on the others.
+    With `full` every pair of flags everywhere, with every K on the main target and K in CLASSES on the others.
     """
     found = []
     for module in modules:
         for index, cases in enumerate(importlib.import_module(module).compile_cases()):
             for target in targets:
-                main = target == MAIN_TARGET
-                strength = 1 + main + full
-                flags = dict(cases.flags)
-                if "K" in flags and not (full and main):
-                    wanted = CLASSES if full or main else OTHER_CLASSES
-                    flags["K"] = tuple(k for k in wanted if k in flags["K"])
-                rows = covering_rows(flags, cases.reachable, strength)
+                strength = 2 if full or target == MAIN_TARGET else 1
+                rows = covering_rows(flags_on(cases, target, full), cases.reachable, strength)
                 found += [Job(module, index, row, target) for row in rows]
     return found
 
 
-def _start_worker(cache: str) -> None:
-    # A fresh cache: kernels that were compiled before are compiled again.
-    os.environ["TRITON_CACHE_DIR"] = cache
+_known: dict[str, Outcome] = {}
+
+
+def _start_worker(known: dict[str, Outcome]) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    _known.update(known)
 
 
-def _run(job: Job) -> Outcome:
+def _run(job: Job) -> tuple[str, Outcome, bool]:
+    """(key, outcome, whether it was compiled now)."""
     cases = job.cases()
-    return compile_offline(cases.kernel, cases.arguments(job.flags), job.target)
+    launch = {name: job.flags[name] for name in ("integers", "pointers") if name in job.flags}
+    what = compilation(cases.kernel, cases.arguments(job.flags), job.target, **launch)
+    key = what.key()
+    if key in _known:
+        return key, _known[key], False
+    outcome = what.compile()
+    # A failure is tried again: it may be that of the machine.
+    if not outcome.error:
+        _known[key] = outcome
+    return key, outcome, True
 
 
-def run(work: Sequence[Job], processes: int) -> list[Outcome]:
-    """Outcomes in the order of `work`, from new processes that cannot be in interpreter mode."""
+def run(work: Sequence[Job], processes: int, cache: Path | None = None) -> list[Outcome]:
+    """Outcomes in the order of `work`, from new processes that cannot be in interpreter mode.
+
+    What `cache` holds is not compiled again, and what is compiled is added to it at once.
+    """
+    known = {} if cache is None else kept.read(cache)
+    outcomes: dict[int, Outcome] = {}
+    progress = _Progress(len(work))
     setting = os.environ.pop("TRITON_INTERPRET", None)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (known,))
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(processes, context, _start_worker, (cache,)) as pool:
-                return list(pool.map(_run, work, chunksize=4))
+        futures = {pool.submit(_run, job): i for i, job in enumerate(work)}
+        for future in as_completed(futures):
+            key, outcome, compiled = future.result()
+            if cache is not None and compiled and not outcome.error:
+                kept.append(cache, key, outcome)
+            outcomes[futures[future]] = outcome
+            progress.add(compiled)
     finally:
+        pool.shutdown(cancel_futures=True)
         if setting is not None:
             os.environ["TRITON_INTERPRET"] = setting
+    return [outcomes[i] for i in range(len(work))]
 
 
-def show(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+class _Progress:
+    """A line on standard error every few seconds."""
 
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.compiled = total, 0, 0
+        self.start = self.last = time.monotonic()
 
-def table(work: Sequence[Job], outcomes: Sequence[Outcome]) -> str:
-    """One Markdown row a job."""
-    lines = [
-        "| kernel | direction | flags | target | registers | shared, B | spills | |",
-        "|---|---|---|---|--:|--:|--:|---|",
-    ]
-    for job, outcome in zip(work, outcomes, strict=True):
-        cases = job.cases()
-        flags = " ".join(f"{name}={show(value)}" for name, value in job.flags.items())
-        verdict = "; ".join(job.faults(outcome)).replace("|", "/").replace("\n", " ") or "ok"
-        lines.append(
-            f"| {cases.op}.{cases.name} | {cases.direction} | {flags} | {job.target} "
-            f"| {outcome.registers} | {outcome.shared} | {outcome.spills} | {verdict} |"
-        )
-    return "\n".join(lines)
-
-
-def summary(work: Sequence[Job], outcomes: Sequence[Outcome]) -> str:
-    """Counts and the largest register use for each target."""
-    counts = Counter(job.target for job in work)
-    lines = []
-    for target in TARGETS:
-        if not counts[target]:
-            continue
-        mine = [(job, outcome) for job, outcome in zip(work, outcomes, strict=True) if job.target == target]
-        failed = sum(bool(job.faults(outcome)) for job, outcome in mine)
-        spilled = sum(outcome.spills > 0 for _, outcome in mine)
-        most = max(outcome.registers for _, outcome in mine)
-        lines.append(
-            f"{target}: {len(mine)} compiled, {failed} failed, {spilled} with spills, at most {most} registers"
-        )
-    return "\n".join(lines)
+    def add(self, compiled: bool) -> None:
+        self.done += 1
+        self.compiled += compiled
+        now = time.monotonic()
+        if now - self.last < _PROGRESS and self.done < self.total:
+            return
+        self.last = now
+        left = (self.total - self.done) * (now - self.start) / max(self.compiled, 1) / 60
+        known = self.done - self.compiled
+        print(
+            f"{self.done} of {self.total} rows, {known} of them known; {left:.0f} minutes left at most",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sure_kernels.compile_check.addressing import narrow_products
+from sure_kernels.compile_check import addressing
 from sure_kernels.compile_check.cases import Arguments
+from sure_kernels.kernel_lib.launch import warps_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -23,6 +25,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+# What an outcome depends on besides: how it is read.
+_CHECK = b"".join(Path(str(path)).read_bytes() for path in (__file__, addressing.__file__))
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Outcome:
         shared: bytes of shared memory a block.
         spills: bytes a thread in local memory (vector registers spilled on AMD).
         error: why it does not compile, "" where it does.
-        narrow: 32-bit products in addresses.
+        narrow: 32-bit products in addresses and masks.
     """
 
     registers: int = 0
@@ -51,26 +56,64 @@ class Outcome:
         return found + [f"32-bit address: {line}" for line in self.narrow]
 
 
-def compile_offline(kernel: Any, arguments: Arguments, target: str) -> Outcome:
-    """Compile `kernel` for one of TARGETS."""
-    signature = {
-        name: "constexpr" if name in arguments.constants else arguments.types[name] for name in kernel.arg_names
-    }
-    aligned = {
-        path: [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        for path, kind in _leaves((i,), signature[name])
-        if kind.startswith("*")
-    }
-    try:
-        source = ASTSource(kernel, signature, dict(arguments.constants), aligned)
-        binary = triton.compile(source, target=TARGETS[target], options={"num_warps": arguments.num_warps})
-    except Exception as error:  # whatever the compiler raises is the finding
-        return Outcome(error=f"{type(error).__name__}: {str(error).strip() or repr(error)}")
-    narrow = tuple(narrow_products(binary.asm["ttir"]))
-    usage = _amd_usage(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else _nvidia_usage(binary.asm["cubin"])
-    # Some versions report shared memory in the binary, all of them in the metadata.
-    return Outcome(usage[0], int(binary.metadata.shared), usage[1], "", narrow)
+class Compilation(NamedTuple):
+    """One kernel as the launcher hands it to the compiler."""
+
+    kernel: Any
+    signature: dict[str, str | tuple[str, ...]]
+    constants: dict[str, Any]
+    # What is known of arguments, by their place (and that in a tuple).
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    num_warps: int
+    target: str
+
+    def key(self) -> str:
+        """Differs where the outcome might: the sources of kernel and check, arguments, target, compiler."""
+        parts = (self.kernel.cache_key, *self[1:], triton.__version__, _CHECK)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def compile(self) -> Outcome:
+        """Compile, in a cache of its own: as if for the first time, and nothing is left behind."""
+        with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+            triton.knobs.cache.dir = folder
+            try:
+                source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+                options = {"num_warps": self.num_warps}
+                binary = triton.compile(source, target=TARGETS[self.target], options=options)
+            except Exception as error:  # whatever the compiler raises is the finding
+                return Outcome(error=f"{type(error).__name__}: {str(error).strip() or repr(error)}")
+        narrow = tuple(addressing.narrow_products(binary.asm["ttir"]))
+        usage = _amd_usage(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else _nvidia_usage(binary.asm["cubin"])
+        # Some versions report shared memory in the binary, all of them in the metadata.
+        return Outcome(usage[0], int(binary.metadata.shared), usage[1], "", narrow)
+
+
+def compilation(
+    kernel: Any, arguments: Arguments, target: str, integers: str = "i32", pointers: str = "aligned"
+) -> Compilation:
+    """`kernel` for one of TARGETS, its run-time integers and pointers as INTEGERS and POINTERS have it."""
+    constants, signature, attributes = dict(arguments.constants), {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, specialised = parameter.name, not parameter.do_not_specialize
+        kind = "constexpr" if name in constants else arguments.types[name]
+        integer = kind in ("int", "i32")
+        if integer and specialised and integers == "1":
+            kind, constants[name] = "constexpr", 1
+        elif kind == "int":
+            kind = "i64" if integers.endswith("i64") else "i32"
+        signature[name] = kind
+        for path, leaf in _leaves((i,), kind):
+            known: list[list[Any]] = []
+            if leaf.startswith("*") and pointers.startswith("aligned"):
+                known.append(["tt.divisibility", 16])
+            if leaf.startswith("*") and pointers.endswith("small"):
+                known.append(["tt.pointer_range", 32])
+            if integer and specialised and integers.startswith("16"):
+                known.append(["tt.divisibility", 16])
+            if known:
+                attributes[path] = known
+    num_warps = warps_of(arguments.num_warps, TARGETS[target].warp_size)
+    return Compilation(kernel, signature, constants, attributes, num_warps, target)
 
 
 def _leaves(path: tuple[int, ...], kind: str | tuple[str, ...]) -> list[tuple[tuple[int, ...], str]]:

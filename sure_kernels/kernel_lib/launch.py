@@ -6,6 +6,7 @@ same bits everywhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,18 @@ _LARGE_VOLUME = 1 << 22
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def warps_of(number: int, lanes: int) -> int:
+    """Warps of `lanes` lanes with as many threads as `number` warps of 32, for which blocks are sized; at least one."""
+    return max(1, number * 32 // lanes)
+
+
+@functools.cache
+def warps_on(number: int, device: torch.device) -> int:
+    """`warps_of` on a device: AMD's data-centre GPUs have 64 lanes a warp. 32 lanes in the interpreter."""
+    lanes = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    return warps_of(number, lanes)
 
 
 def as_volume(x: Tensor) -> Tensor:

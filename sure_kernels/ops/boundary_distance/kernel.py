@@ -35,7 +35,7 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases
 from sure_kernels.kernel_lib.device_taps import march_program, plane_position
 from sure_kernels.kernel_lib.labels import BOUNDARY, FAR, NEAR, comparable
-from sure_kernels.kernel_lib.launch import cdiv, march_grid, march_length
+from sure_kernels.kernel_lib.launch import cdiv, march_grid, march_length, warps_on
 from sure_kernels.ops.boundary_distance.codes import Codes, choose_codes
 
 BLOCK_BOUNDARY, BLOCK_ROWS = 256, 512
@@ -237,7 +237,7 @@ def _boundary(target: Tensor, codes: Codes, ignore_index: int) -> Tensor:
     _boundary_kernel[march_grid(n, sizes, steps, BLOCK_BOUNDARY)](
         x, out, *sizes, steps, *x.stride(), 0 if ignored is None else ignored, codes.none,
         DIMS=target.ndim - 1, WIDE=labels.dtype == torch.int64, SIGNED=target.dtype.is_signed,
-        USE_IGNORED=ignored is not None, BLOCK=BLOCK_BOUNDARY, num_warps=NUM_WARPS,
+        USE_IGNORED=ignored is not None, BLOCK=BLOCK_BOUNDARY, num_warps=warps_on(NUM_WARPS, x.device),
     )  # fmt: skip
     return out
 
@@ -259,7 +259,7 @@ def _min_plus(x: Tensor, out: Tensor, axis: int, codes: Codes, finish: str, thre
         x, out, x.numel(), length, stride, steps,
         codes.costs[axis - 1], codes.none, codes.limit, *thresholds, math.sqrt(codes.unit),
         TILE=tile, FINISH=finish, FLOAT=x.is_floating_point(), CHECKED=steps > _UNCHECKED,
-        BLOCK=block, num_warps=warps,
+        BLOCK=block, num_warps=warps_on(warps, x.device),
     )  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def _scan(x: Tensor, codes: Codes) -> None:
     tall = min(_SCAN_TILE // columns, triton.next_power_of_2(rows))
     _scan_kernel[(cdiv(rows, tall),)](
         x, rows, width, codes.steps[-1], codes.costs[-1], codes.none,
-        FLOAT=x.is_floating_point(), ROWS=tall, COLUMNS=columns, num_warps=NUM_WARPS,
+        FLOAT=x.is_floating_point(), ROWS=tall, COLUMNS=columns, num_warps=warps_on(NUM_WARPS, x.device),
     )  # fmt: skip
 
 
@@ -324,8 +324,8 @@ def compile_cases() -> list[KernelCases]:
     codes = {"uint8": "u8", "int16": "i16", "float32": "fp32"}
 
     def boundary(f: Flags) -> Arguments:
-        types = dict.fromkeys(("D", "H", "W", "STEPS", "ignored"), "i32")
-        types |= dict.fromkeys(("s_n", "s_d", "s_h", "s_w"), "i64")
+        types = dict.fromkeys(("D", "H", "W", "STEPS"), "i32")
+        types |= dict.fromkeys(("s_n", "s_d", "s_h", "s_w", "ignored"), "int")
         types |= {"p_label": f"*{integers[f['labels']]}", "p_out": f"*{codes[f['codes']]}"}
         types["none"] = "fp32" if f["codes"] == "float32" else "i32"
         constants: dict[str, Any] = {
@@ -343,7 +343,7 @@ def compile_cases() -> list[KernelCases]:
         return "fp32" if f["codes"] == "float32" else "i32"
 
     def scan(f: Flags) -> Arguments:
-        types = {"p_codes": f"*{codes[f['codes']]}", "rows": "i64", "W": "i32", "R": "i32"}
+        types = {"p_codes": f"*{codes[f['codes']]}", "rows": "int", "W": "i32", "R": "i32"}
         types |= dict.fromkeys(("cost", "none"), number(f))
         tall = 1 if f["one_row"] else _SCAN_TILE // f["columns"]
         constants = {"FLOAT": f["codes"] == "float32", "ROWS": tall, "COLUMNS": f["columns"]}
@@ -351,7 +351,7 @@ def compile_cases() -> list[KernelCases]:
 
     def min_plus(f: Flags) -> Arguments:
         types = dict.fromkeys(("cost", "none", "limit", "boundary", "near"), number(f))
-        types |= {"total": "i64", "L": "i32", "S": "i32", "R": "i32", "unit": "fp32"}
+        types |= {"total": "int", "L": "i32", "S": "i32", "R": "i32", "unit": "fp32"}
         types["p_in"] = f"*{codes[f['codes']]}"
         types["p_out"] = {"codes": types["p_in"], "distance": "*fp32", "band": "*u8"}[f["finish"]]
         tile, block, warps = _tile(f["stride"])
@@ -390,5 +390,8 @@ def compile_cases() -> list[KernelCases]:
             lambda f: f["labels"] not in ("uint8", "int8") or f["signed"] == (f["labels"] == "int8"),
         ),
         KernelCases(_scan_kernel, "boundary_distance", "forward", scan_flags, scan),
-        KernelCases(_min_plus_kernel, "boundary_distance", "forward", min_plus_flags, min_plus),
+        KernelCases(
+            _min_plus_kernel, "boundary_distance", "forward", min_plus_flags, min_plus,
+            lambda f: f["stride"] == 1 or f["integers"] != "1",
+        ),
     ]  # fmt: skip

@@ -38,7 +38,7 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib.chunks import flat
-from sure_kernels.kernel_lib.launch import cdiv, gradient_format
+from sure_kernels.kernel_lib.launch import cdiv, gradient_format, warps_on
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.ops.dirichlet.reference import MEASURES
 
@@ -558,7 +558,7 @@ def _launch(
         "UNIT_PRIOR": unit_prior,
         "BELOW_ONE": min(prior) < 1,
         "BLOCK": block,
-        "num_warps": NUM_WARPS,
+        "num_warps": warps_on(NUM_WARPS, logits.device),
     }
     grid = (n * cdiv(voxels, block),)
     with torch.cuda.device_of(logits):
@@ -612,8 +612,8 @@ def compile_cases() -> list[KernelCases]:
         def build(f: Flags) -> Arguments:
             names = kernel.arg_names
             types = dict.fromkeys((n for n in names if n.startswith("p_")), "*fp32")
-            types |= dict.fromkeys((n for n in names if n.startswith("s_")), "i64")
-            types |= {"p_logits": pointer_type(f["dtype"]), "voxels": "i32", "K": "i32", "prior_sum": "fp32"}
+            types |= dict.fromkeys((n for n in names if n.startswith("s_")), "int")
+            types |= {"p_logits": pointer_type(f["dtype"]), "voxels": "int", "K": "i32", "prior_sum": "fp32"}
             constants = {
                 "FLAGS": mask(f),
                 "EVIDENCE": f["evidence"],

@@ -43,7 +43,7 @@ from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib import device_taps as taps
 from sure_kernels.kernel_lib import labels
 from sure_kernels.kernel_lib.chunks import flat
-from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, gradient_format, march_length
+from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, gradient_format, march_length, warps_on
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients, number_of_sums
@@ -910,7 +910,7 @@ def _launch(logits: Tensor, target: Tensor, mask: Tensor | None, formula: Formul
         "EVIDENCE": formula.evidence,
         "BELOW_ONE": formula.below_one,
         "HAS_MASK": mask is not None,
-        "num_warps": NUM_WARPS,
+        "num_warps": warps_on(NUM_WARPS, logits.device),
     }
     if many:
         options |= {"GRADIENT": gradient, "BLOCK": _MANY_BLOCK}
@@ -968,7 +968,8 @@ def sums(
             *launch.inputs, partial, *launch.sizes,
             ignore_index, prior_sum, math.lgamma(prior_sum), *launch.scalars, **launch.options,
         )  # fmt: skip
-        reduce_kernel[(n * columns,)](partial, result, programs, BLOCK=_REDUCE_BLOCK, num_warps=NUM_WARPS)
+        warps = launch.options["num_warps"]
+        reduce_kernel[(n * columns,)](partial, result, programs, BLOCK=_REDUCE_BLOCK, num_warps=warps)
     return result
 
 
@@ -1064,9 +1065,9 @@ def compile_cases() -> list[KernelCases]:
         types = {name: "*fp32" for name in kernel.arg_names if name.startswith("p_")}
         types |= {"p_z": pointer, "p_dz": pointer, "p_label": f"*{f['labels']}", "p_mask": "*u8", "p_band": "*u8"}
         types |= {"p_partial": "*fp64"}
-        types |= {name: "i64" for name in kernel.arg_names if name.startswith("s_")}
-        types |= dict.fromkeys(("voxels", "K", "plane", "depth", "march", "channels", "D", "H", "W"), "i32")
-        types |= dict.fromkeys(("ignore_index",), "i32")
+        types |= {name: "int" for name in kernel.arg_names if name.startswith("s_")}
+        types |= dict.fromkeys(("K", "plane", "depth", "march", "channels", "D", "H", "W"), "i32")
+        types |= dict.fromkeys(("voxels", "ignore_index"), "int")
         floats = ("prior_sum", "lgamma_prior_sum", "error_factor", "official", "scale_d", "scale_h", "scale_w")
         types |= dict.fromkeys(floats, "fp32")
         gradient = modes.get(f["gradient"], FILTERED)

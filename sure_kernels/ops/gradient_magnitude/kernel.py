@@ -41,7 +41,7 @@ from sure_kernels.kernel_lib.device_taps import (
     plane_position,
     voxel_gradient,
 )
-from sure_kernels.kernel_lib.launch import as_volume, axis_scales, centre_tap, march_grid, march_length
+from sure_kernels.kernel_lib.launch import as_volume, axis_scales, centre_tap, march_grid, march_length, warps_on
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 
 # Voxels of a plane that one program handles: two a thread where registers allow it.
@@ -280,7 +280,7 @@ def _sweep(
             x, up, out, channels, *sizes, steps,
             *x.stride(), *(up.stride(i) for i in (0, 2, 3, 4)), *axis_scales(operator, spacing), eps,
             BACKWARD=grad is not None, DIMS=image.ndim - 2, CHANNELS=reduction if channels > 1 else "one",
-            CENTRE=centre_tap(operator), PADDING=mode, BLOCK=block, num_warps=NUM_WARPS,
+            CENTRE=centre_tap(operator), PADDING=mode, BLOCK=block, num_warps=warps_on(NUM_WARPS, image.device),
         )  # fmt: skip
 
 
@@ -306,7 +306,8 @@ def backward(
     with torch.cuda.device_of(image):
         _adjoint_kernel[march_grid(n * channels, sizes, steps, BLOCK_ADJOINT)](
             components, result, *sizes, steps, *axis_scales(operator, spacing),
-            DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK_ADJOINT, num_warps=NUM_WARPS,
+            DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK_ADJOINT,
+            num_warps=warps_on(NUM_WARPS, image.device),
         )  # fmt: skip
     return result
 
@@ -336,7 +337,7 @@ def compile_cases() -> list[KernelCases]:
             pointer = pointer_type(f["dtype"])
             types |= {"p_image": pointer, "p_grad": "*fp32" if backward else pointer, "p_out": "*fp32"}
             strides = [name for name in _sweep_kernel.arg_names if name.startswith("s_")]
-            types |= dict.fromkeys(strides, "i64") | {"M": "i32", "eps": "fp32"}
+            types |= dict.fromkeys(strides, "int") | {"M": "i32", "eps": "fp32"}
             constants |= {"BACKWARD": backward, "CHANNELS": f["channels"]}
             constants["BLOCK"] = BLOCK_CHANNELS
             if f["channels"] == "one":

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib.chunks import flat
-from sure_kernels.kernel_lib.launch import cdiv
+from sure_kernels.kernel_lib.launch import cdiv, warps_on
 from sure_kernels.ops.histograms.reference import (
     BINS,
     HALF,
@@ -301,7 +301,8 @@ class _Maps(NamedTuple):
             counts_kernel[(rows * programs,)](
                 *self.pointers(), counts, undefined, self.label.shape[-1], self.value.shape[1], rows, blocks,
                 *self.value.stride(), *self.uncertainty.stride(), self.ignore_index,
-                MODE=mode, HAS_MASK=self.mask is not None, BLOCK=BLOCK, num_warps=COUNTS_WARPS,
+                MODE=mode, HAS_MASK=self.mask is not None, BLOCK=BLOCK,
+                num_warps=warps_on(COUNTS_WARPS, self.value.device),
             )  # fmt: skip
         return counts[..., :bins].sum(1, dtype=torch.int64), undefined.sum(1, dtype=torch.int64)
 
@@ -315,7 +316,8 @@ class _Maps(NamedTuple):
                 reliability_kernel[(rows * programs,)](
                     *self.pointers(), sums, self.label.shape[-1], self.value.shape[1], rows, blocks, SPAN,
                     *self.value.stride(), self.ignore_index, num_bins, first,
-                    MODE=mode, HAS_MASK=self.mask is not None, BINS=bins, BLOCK=BLOCK, num_warps=RELIABILITY_WARPS,
+                    MODE=mode, HAS_MASK=self.mask is not None, BINS=bins, BLOCK=BLOCK,
+                    num_warps=warps_on(RELIABILITY_WARPS, self.value.device),
                 )  # fmt: skip
             parts.append(sums.sum(1))
         reliability = torch.cat([part[:, : 3 * bins].view(rows, 3, bins) for part in parts], 2)
@@ -396,8 +398,8 @@ def compile_cases() -> list[KernelCases]:
     binned = common | {"mode": (CLASS, TOP)}
 
     def arguments(kernel: Any, f: Flags) -> Arguments:
-        types = {name: "i64" for name in kernel.arg_names if name.startswith("s_")}
-        types |= dict.fromkeys(_RUN_TIME, "i32")
+        types = {name: "int" for name in kernel.arg_names if name.startswith("s_")}
+        types |= dict.fromkeys(_RUN_TIME, "i32") | {"voxels": "int", "ignore_index": "int"}
         types |= {
             "p_value": pointer_type(f["dtype"]),
             "p_uncertainty": pointer_type(f["uncertainty" if "uncertainty" in f else "dtype"]),

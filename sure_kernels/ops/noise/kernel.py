@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
-from sure_kernels.kernel_lib.launch import cdiv
+from sure_kernels.kernel_lib.launch import cdiv, warps_on
 from sure_kernels.ops.noise.closed_form import Terms, number_of_rows
 
 
@@ -191,7 +191,7 @@ def _arguments(
         "FAR": terms.far,
         "HAS_MASK": mask is not None,
         "BLOCK": block_size(len(maps)),
-        "num_warps": NUM_WARPS,
+        "num_warps": warps_on(NUM_WARPS, distance.device),
     }
     return inputs, options
 
@@ -239,7 +239,7 @@ def compile_cases() -> list[KernelCases]:
     """What dispatch can reach, for `sure_kernels.compile_check`."""
     flags: dict[str, tuple[Any, ...]] = {
         "maps": (2, 3, 4, 5, 8),
-        "terms": ("both", "far"),
+        "terms": ("both", "rising", "far"),
         "mask": (False, True),
         "dtype": ("float32", "bfloat16", "float16"),
     }
@@ -248,11 +248,11 @@ def compile_cases() -> list[KernelCases]:
         maps, pointer = f["maps"], pointer_type(f["dtype"])
         types: dict[str, Any] = {name: "*fp32" for name in kernel.arg_names if name.startswith("p_")}
         types |= {"p_maps": (pointer,) * maps, "p_mask": "*u8", "p_partial": "*fp64"}
-        types |= {"voxels": "i32", "steps": "i32", "near": "fp32"}
+        types |= {"voxels": "int", "steps": "i32", "near": "fp32"}
         constants = {
             "MAPS": maps,
-            "RISING": f["terms"] == "both",
-            "FAR": True,
+            "RISING": f["terms"] != "far",
+            "FAR": f["terms"] != "rising",
             "HAS_MASK": f["mask"],
             "BLOCK": block_size(maps),
         }

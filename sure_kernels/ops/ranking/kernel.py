@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
+from sure_kernels.kernel_lib.launch import warps_on
 from sure_kernels.ops.ranking.closed_form import Pairs, Sets, order_and_rank
 
 # Largest set that is looked at pair by pair.
@@ -247,6 +248,7 @@ def violating_pairs(sets: Sets) -> Pairs:
         raise ValueError(f"values: expected fewer than 2^31 counted points in a set, got {max(sizes)}")
     device = sets.value.device
     tiled = max(sizes, default=0) > MOST_DIRECT
+    warps = warps_on(NUM_WARPS, device)
     value, score = sets.value.contiguous(), sets.score.contiguous()
     with torch.cuda.device_of(value):
         if tiled:
@@ -264,10 +266,10 @@ def violating_pairs(sets: Sets) -> Pairs:
         if blocks:
             pairs_kernel[(blocks,)](
                 rank, scores, value, place, difference, count, table, out, total, number, blocks,
-                TILED=tiled, TILE=TILE, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
+                TILED=tiled, TILE=TILE, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps,
             )  # fmt: skip
         if sizes:
-            reduce_kernel[(len(sizes),)](total, number, bounds, set_total, set_number, CHUNK=CHUNK, num_warps=NUM_WARPS)
+            reduce_kernel[(len(sizes),)](total, number, bounds, set_total, set_number, CHUNK=CHUNK, num_warps=warps)
     return Pairs(out, set_total, set_number)
 
 
@@ -285,15 +287,15 @@ def _levels(sets: Sets, sizes: list[int]) -> tuple[Tensor, ...]:
     zeros, zeros_before = torch.empty((2, blocks), dtype=torch.int64, device=device)
     sums, sums_before = torch.empty((2, 2, blocks), dtype=torch.float64, device=device)
     ones = torch.empty(blocks, dtype=torch.float64, device=device)
-    grid = (blocks,)
+    grid, warps = (blocks,), warps_on(NUM_WARPS, device)
     for bit in reversed(range(TILE.bit_length() - 1, (max(sizes) - 1).bit_length())):
-        split_sums_kernel[grid](*state[:2], table, zeros, sums, blocks, bit, TILE=TILE, num_warps=NUM_WARPS)
+        split_sums_kernel[grid](*state[:2], table, zeros, sums, blocks, bit, TILE=TILE, num_warps=warps)
         split_scan_kernel[grid](
             table, zeros, sums, zeros_before, sums_before, ones, blocks, bit,
-            TILE=TILE, CHUNK=CHUNK, num_warps=NUM_WARPS,
+            TILE=TILE, CHUNK=CHUNK, num_warps=warps,
         )  # fmt: skip
         split_kernel[grid](
-            *state, table, zeros_before, sums_before, ones, *other, blocks, bit, TILE=TILE, num_warps=NUM_WARPS
+            *state, table, zeros_before, sums_before, ones, *other, blocks, bit, TILE=TILE, num_warps=warps
         )
         state, other = other, state
     return state
