@@ -32,8 +32,8 @@ compile-check: venv ## compile every kernel for four GPU families, with every pa
 compile-check-full: venv ## every pair of flags on every GPU family, every K (resumes where it stopped); docs/compile-check.md
 	$(BIN)/python -m sure_kernels.compile_check --full --cache build/compile-check.jsonl --output docs/compile-check.md
 
-gpu-check: venv ## on a machine with a GPU, in nine minutes: kernel tests compiled, timings, a profile
-	PATH=$(abspath $(BIN)):$$PATH scripts/gpu_check.sh
+gpu-check: ## on a machine with a GPU, in nine minutes: kernel tests compiled, timings, a profile; PYTHON=... with torch
+	scripts/gpu_check.sh
 
 lint: venv ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -1,48 +1,128 @@
 #!/usr/bin/env bash
-# What only a machine with a GPU can show, in under nine minutes: the doctor, the kernel tests compiled, memory checks
-# where the tool is installed, timings, and a profile of the slowest kernel case. Each step's output is kept as it comes,
-# in the folder named by the first argument (gpu-check/ by default); a failed step does not stop the next, but fails the
-# whole. Steps that the time does not reach are named. Only torch, triton, numpy and pytest have to be installed.
+# What only a machine with a GPU can show, in under nine minutes: the doctor, the kernel tests compiled, large volumes,
+# memory checks where the tool is installed, timings, and a profile of the slowest kernel case. Each step's output is
+# kept as it comes in benchmarks/results/MACHINE/ (or the folder named by the first argument), timings in MACHINE.json
+# beside it; a failed step does not stop the next, but fails the whole. Steps that the time does not reach are named.
+# Only torch, triton, numpy and pytest have to be installed. PYTHON names the interpreter: by default that of .venv, or
+# python3 where there is none. Without a GPU: one line, exit status 2.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-results=${1:-gpu-check}
-mkdir -p "$results"
+cd "$(dirname "$0")/.." || exit 2
 unset TRITON_INTERPRET
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+fi
+if ! command -v "$PYTHON" >/dev/null; then
+    echo "gpu-check: PYTHON: expected a Python interpreter, got $PYTHON" >&2
+    exit 2
+fi
+machine=$("$PYTHON" -W ignore -c '
+import sys
+
+try:
+    import numpy, pytest, torch, triton
+
+    if not torch.cuda.is_available():
+        raise OSError(f"torch {torch.__version__} finds no CUDA or ROCm device")
+    from benchmarks.results import default_path
+
+    print(default_path(torch.device("cuda")).stem)
+except Exception as error:
+    sys.exit(f"gpu-check: {error} ({sys.executable}; PYTHON=... takes another)")
+') || exit 2
+
+results=${1:-benchmarks/results/$machine}
+results=${results%/}
+summary=$results/summary.txt
+mkdir -p "$results"
 failed=0
 deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-520}))
+{
+    echo "$machine, $(date -u +%FT%TZ), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+    [ -z "$(git status --porcelain --untracked-files=no 2>/dev/null)" ] || echo "the tree has changes that no commit holds"
+} | tee "$summary"
 
-# step NAME SECONDS COMMAND...: at most so long, and never beyond the deadline.
-step() {
-    local name=$1 most=$2 left=$((deadline - SECONDS))
-    shift 2
-    if [ "$left" -lt 15 ]; then
-        echo "== $name: no time left" | tee -a "$results/summary.txt"
-        failed=1
-        return
+# left NAME MOST: seconds for a step, at most MOST and never beyond the deadline; fails where they are too few.
+left() {
+    local seconds=$((deadline - SECONDS))
+    if [ "$seconds" -lt 15 ]; then
+        echo "== $1: no time left" >>"$summary"
+        return 1
     fi
-    [ "$most" -lt "$left" ] || most=$left
-    echo "== $name: $*"
-    local began=$SECONDS outcome=ok
-    timeout "$most" "$@" 2>&1 | tee "$results/$name.txt" || { failed=1; outcome=FAILED; }
-    echo "== $name: $outcome, $((SECONDS - began)) s" | tee -a "$results/summary.txt"
+    echo $((seconds < $2 ? seconds : $2))
 }
 
-: >"$results/summary.txt"
-step machine 60 python -c 'import torch, triton
-assert torch.cuda.is_available(), "no CUDA or ROCm device"
-print(torch.__version__, triton.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))'
-[ "$failed" = 0 ] || exit 1
-step doctor 90 python -m sure_kernels
-step tests 200 python -m pytest tests/kernels -p no:cacheprovider --ignore=tests/kernels/test_compile_check.py
+# step NAME MOST COMMAND...: SIGINT, so that pytest still prints what it found.
+step() {
+    local name=$1 most began=$SECONDS outcome=ok status
+    most=$(left "$name" "$2") || { failed=1; return 1; }
+    shift 2
+    echo "== $name: $*"
+    timeout -s INT -k 10 "$most" "$@" 2>&1 | tee "$results/$name.txt"
+    status=${PIPESTATUS[0]}
+    case $status in
+        0) ;;
+        124 | 137) outcome="FAILED: not done in $most s" ;;
+        *) outcome="FAILED: status $status" ;;
+    esac
+    echo "== $name: $outcome, $((SECONDS - began)) s" | tee -a "$summary"
+    [ "$outcome" = ok ] || { failed=1; return 1; }
+}
+
+# Every file of kernel tests in a process of its own: what takes long is compiling, on one core a process.
+kernel_tests() {
+    local most file name status outcome began=$SECONDS all=0 names=()
+    local -A running=()
+    most=$(left tests "$1") || { failed=1; return 1; }
+    echo "== tests: tests/kernels, each file by itself, output in $results"
+    # Job control: what the shell starts in the background would otherwise ignore SIGINT.
+    set -m
+    for file in tests/kernels/test_*_kernel.py; do
+        name=$(basename "$file" .py)
+        [ "$name" != test_gpu_kernel ] || continue
+        OMP_NUM_THREADS=1 timeout -s INT -k 10 "$most" "$PYTHON" -m pytest "$file" -p no:cacheprovider \
+            -k "not offsets_past" >"$results/$name.txt" 2>&1 &
+        running[$name]=$!
+        names+=("$name")
+    done
+    set +m
+    for name in "${names[@]}"; do
+        wait "${running[$name]}"
+        status=$?
+        outcome=ok
+        case $status in
+            0) ;;
+            5) outcome="nothing to run" ;; # hypothesis is not installed
+            124 | 137) outcome="FAILED: not done in $most s" all=1 ;;
+            *) outcome="FAILED: status $status" all=1 ;;
+        esac
+        echo "   $name: $outcome: $(tail -n 1 "$results/$name.txt")" | tee -a "$summary"
+    done
+    if [ "$all" = 0 ]; then outcome=ok; else outcome=FAILED failed=1; fi
+    echo "== tests: $outcome, $((SECONDS - began)) s" | tee -a "$summary"
+    return "$all"
+}
+
+step doctor 60 "$PYTHON" -m sure_kernels
+right=1
+kernel_tests 170 || right=0
+# One after the other: they take the memory of a large GPU.
+step large 80 "$PYTHON" -m pytest tests/kernels -p no:cacheprovider -rsP -k "gpu_kernel or offsets_past" \
+    --ignore=tests/kernels/test_compile_check.py || right=0
 if command -v compute-sanitizer >/dev/null; then
     # Caching would hide accesses outside an allocation that lie inside torch's pool.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        python -m pytest tests/kernels -p no:cacheprovider -k "shapes or layouts or classes" -x
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 50 compute-sanitizer --tool memcheck --error-exitcode 1 \
+        "$PYTHON" -m pytest tests/kernels -p no:cacheprovider -x --ignore=tests/kernels/test_compile_check.py \
+        -k "(shapes or layouts or classes) and not full_graph and not gpu_kernel"
+else
+    echo "== memcheck: not run, compute-sanitizer is not installed" | tee -a "$summary"
 fi
-# Timings of kernels that are wrong are worth nothing.
-if [ "$failed" = 0 ]; then
-    step benchmarks 220 python -m benchmarks run --device cuda --budget 180 --out "$results/benchmarks.json"
-    step profile 60 python -m benchmarks profile --device cuda --out "$results/trace.json"
+if [ "$right" = 1 ]; then
+    step benchmarks 120 "$PYTHON" -m benchmarks run --device cuda --budget 90 --out "$results.json"
+    step profile 30 "$PYTHON" -m benchmarks profile --device cuda --out "$results/trace.json"
+else
+    echo "== benchmarks: not run, since timings of kernels that are wrong are worth nothing" | tee -a "$summary"
 fi
-cat "$results/summary.txt"
+echo
+cat "$summary"
 exit "$failed"
