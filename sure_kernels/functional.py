@@ -447,8 +447,11 @@ def _check_index_map(
     if spatial_dims is not None and check.check_int(spatial_dims, "spatial_dims") not in (2, 3):
         raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
     ndim = spatial_dims
-    if ndim is None and isinstance(spacing, (Sequence, Tensor)) and getattr(spacing, "ndim", 1) == 1:
-        ndim = len(spacing)
+    if ndim is None and spacing is not None:
+        steps = check.check_spacing(spacing, None)
+        if len(steps) > 3:
+            raise ValueError(f"spacing: expected one number or 2 or 3, one per spatial axis, got {len(steps)}")
+        ndim, spacing = (len(steps), steps) if len(steps) > 1 else (None, spacing)
     if ndim is None:
         ndim = labels.ndim - 1
     if ndim not in (2, 3):
@@ -1111,7 +1114,9 @@ def check_noise(
     name: str = "weights",
 ) -> tuple[float, tuple[float, ...]]:
     """The options of `noise_uncertainty_loss`: `near` and the weights, which the caller knows by `name`."""
-    if not isinstance(weights, (tuple, list)) or len(weights) != 3:
+    if not isinstance(weights, (tuple, list)):
+        raise TypeError(f"{name}: expected 3 numbers, of L_mu, L_d and L_far, got {type(weights).__name__}")
+    if len(weights) != 3:
         raise ValueError(f"{name}: expected 3 numbers, of L_mu, L_d and L_far, got {weights!r}")
     if num_pairs is not None:
         check.check_count(num_pairs, "num_pairs", maximum=MOST_PAIRS)
@@ -1126,8 +1131,7 @@ def check_noise(
 def _noise_maps(clean: Tensor, noisy: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """u_0, u_1, ..., all (N, 1, *spatial)."""
     maps = [_uncertainty_map(clean, "clean")]
-    if not isinstance(noisy, (Tensor, list, tuple)):
-        raise TypeError(f"noisy: expected a sequence of maps, got {type(noisy).__name__}")
+    check.check_sequence(noisy, "noisy", "maps")
     if len(noisy) == 0:
         raise ValueError("noisy: expected one or more maps, got none")
     return maps + [_like_clean(u, f"noisy[{i}]", maps[0]) for i, u in enumerate(noisy)]
@@ -1146,8 +1150,7 @@ def _like_clean(value: object, name: str, clean: Tensor) -> Tensor:
 
 def _noise_levels(levels: Sequence[float | Tensor] | Tensor, maps: list[Tensor]) -> Tensor:
     """(L + 1, N) in the working dtype, the clean map's zeros first."""
-    if not isinstance(levels, (Tensor, list, tuple)) or (isinstance(levels, Tensor) and levels.ndim == 0):
-        raise TypeError(f"levels: expected a sequence of numbers, one per noisy map, got {type(levels).__name__}")
+    check.check_sequence(levels, "levels", "numbers, one per noisy map")
     if len(levels) != len(maps) - 1:
         raise ValueError(f"levels: expected {len(maps) - 1} numbers, one per noisy map, got {len(levels)}")
     n, dtype, device = len(maps[0]), working_dtype(maps[0].dtype), maps[0].device

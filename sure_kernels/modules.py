@@ -17,9 +17,12 @@ from sure_kernels.validation import (
     FLOAT64_MAX,
     Numbers,
     check_bool,
+    check_float_map,
     check_logits,
     check_mask,
     check_number,
+    check_same_device,
+    check_sequence,
     check_target,
     plain_tensor,
     shape_of,
@@ -154,8 +157,27 @@ class GradientUncertaintyLoss(_Options):
             compat=compat,
         )
 
-    def forward(self, uncertainty: Tensor, gradient: Tensor, distance: Tensor, **maps: Any) -> Tensor:
-        return functional.gradient_uncertainty_loss(uncertainty, gradient, distance, **maps, **self.options)
+    def forward(
+        self,
+        uncertainty: Tensor,
+        gradient: Tensor,
+        distance: Tensor,
+        *,
+        mask: Tensor | None = None,
+        groups: Tensor | None = None,
+        pairs: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return functional.gradient_uncertainty_loss(
+            uncertainty,
+            gradient,
+            distance,
+            mask=mask,
+            groups=groups,
+            pairs=pairs,
+            generator=generator,
+            **self.options,
+        )
 
 
 class NoiseUncertaintyLoss(_Options):
@@ -397,7 +419,8 @@ class SURELoss(nn.Module):
         points: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        _check_noised(noisy, levels, input)
+        z = check_logits(input)
+        _check_noised(noisy, levels, z)
         annealing = self.current_supervision_weight
         noised = noisy if self.wants_noise else None
         beta, far = annealing * self.gradient_weight, annealing * self.far_weight if noised is None else 0.0
@@ -416,7 +439,6 @@ class SURELoss(nn.Module):
             values = [*terms, *(torch.zeros_like(loss.detach()) for _ in range(2))]
 
         if noised is not None or softly:
-            z = check_logits(input)
             mask = check_mask(mask, len(z), z.shape[2:], z)
             labels = check_target(target, z, self.evidential_options["ignore_index"], mask)
             clean = self.vacuity(input)
@@ -477,16 +499,16 @@ class SURELoss(nn.Module):
         )
 
 
-def _check_noised(noisy: object, levels: object, like: Tensor) -> None:
+def _check_noised(noisy: Sequence[Tensor] | None, levels: object, like: Tensor) -> None:
     """Noised logits come with levels, and each looks like the clean ones."""
     if noisy is None:
         if levels is not None:
             raise TypeError("noisy: expected noised logits with levels, got None")
         return
-    if not isinstance(noisy, (Tensor, list, tuple)):
-        raise TypeError(f"noisy: expected a sequence of logits, got {type(noisy).__name__}")
+    check_sequence(noisy, "noisy", "logits")
     if levels is None:
         raise TypeError(f"levels: expected {len(noisy)} numbers, one for each of the noised logits, got None")
     for i, z in enumerate(noisy):
-        if shape_of(plain_tensor(z, f"noisy[{i}]")) != shape_of(like):
+        if shape_of(check_float_map(z, f"noisy[{i}]")) != shape_of(like):
             raise ValueError(f"noisy[{i}]: expected shape {shape_of(like)} like the clean logits, got {shape_of(z)}")
+        check_same_device(z, f"noisy[{i}]", like, "the clean logits")

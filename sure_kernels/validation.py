@@ -238,6 +238,14 @@ def check_distances(distance: Tensor, counted: Tensor | None = None, name: str =
         )
 
 
+def check_sequence(value: object, name: str, of: str) -> None:
+    """TypeError unless a list, a tuple, or a tensor with a first axis to go along."""
+    single = isinstance(value, Tensor) and value.ndim == 0
+    if single or not isinstance(value, (list, tuple, Tensor)):
+        found = "a 0-d tensor" if single else type(value).__name__
+        raise TypeError(f"{name}: expected a sequence of {of}, got {found}")
+
+
 def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}")

@@ -268,8 +268,8 @@ BAD = {
     ),
     "minus three classes": (lambda: metrics.CalibrationErrorDetection(-3), V, r"num_classes: expected at least 2"),
     "minus two kinds": (lambda: metrics.ErrorDetectionAUROC(num_classes=-2), V, r"num_classes: expected at least 1"),
-    "maps by number": (lambda: response(3), T, r"maps: expected a sequence, got int"),
-    "levels by number": (lambda: response(levels=3), T, r"levels: expected a sequence, got int"),
+    "maps by number": (lambda: response(3), T, r"maps: expected a sequence of tensors, got int"),
+    "levels by number": (lambda: response(levels=3), T, r"levels: expected a sequence of numbers, got int"),
     "labels for distances": (lambda: response(distance=Y), T, r"distance: expected floating point, got torch.int64"),
     "two levels for three": (
         lambda: metrics.NoiseResponse(num_levels=3).update([X, X], [0.0, 1.0], distance=D),

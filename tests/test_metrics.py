@@ -344,9 +344,9 @@ def test_noise_response_pools_voxels():
 
 def test_noise_response_errors():
     u, distance = torch.rand(2, 6), torch.rand(2, 6)
-    with pytest.raises(ValueError, match="maps: expected two or more and as many levels, got 1 and 1"):
+    with pytest.raises(ValueError, match="maps, levels: expected two or more of each and equally many, got 1 and 1"):
         metrics.noise_response([u], [0.1], distance=distance)
-    with pytest.raises(ValueError, match="maps: expected two or more and as many levels, got 2 and 3"):
+    with pytest.raises(ValueError, match="maps, levels: expected two or more of each and equally many, got 2 and 3"):
         metrics.noise_response([u, u], [0.1, 0.2, 0.3], distance=distance)
     with pytest.raises(ValueError, match=r"maps\[1\]: expected shape \(2, 6\) like maps\[0\], got \(2, 5\)"):
         metrics.noise_response([u, u[:, :5]], [0.1, 0.2], distance=distance)

@@ -19,8 +19,11 @@ from sure_kernels.validation import (
     check_distances,
     check_number,
     check_same_device,
+    check_sequence,
     values_checked,
 )
+
+MOST_LEVELS = 2**16  # far above what is of use
 
 
 class Response(NamedTuple):
@@ -76,7 +79,7 @@ class NoiseResponse(SumState):
     """`noise_response` over all near voxels seen, at a fixed number of levels: `compute` gives a Response."""
 
     def __init__(self, *, num_levels: int) -> None:
-        steps = check_count(num_levels, "num_levels", minimum=2) - 1
+        steps = check_count(num_levels, "num_levels", minimum=2, maximum=MOST_LEVELS) - 1
         super().__init__(rising=(steps,), changing=(steps,), near=(), undefined=(), correlation=(), varying=())
 
     def update(
@@ -120,11 +123,12 @@ def _sums(
     rising, changing (N, levels - 1): voxels that follow the level, near voxels of rows where it changes at all.
     near, undefined (N,): near voxels, and those with a NaN. correlation, varying (N,): sum over voxels, their number.
     """
-    for name, given in (("maps", maps), ("levels", levels)):
-        if not isinstance(given, (list, tuple, Tensor)) or (isinstance(given, Tensor) and not given.ndim):
-            raise TypeError(f"{name}: expected a sequence, got {type(given).__name__}")
+    check_sequence(maps, "maps", "tensors")
+    check_sequence(levels, "levels", "numbers")
     if len(maps) < 2 or len(maps) != len(levels):
-        raise ValueError(f"maps: expected two or more and as many levels, got {len(maps)} and {len(levels)}")
+        raise ValueError(
+            f"maps, levels: expected two or more of each and equally many, got {len(maps)} and {len(levels)}"
+        )
     first = as_points(maps[0], "maps[0]")
     u = [match(as_points(m, f"maps[{i}]"), f"maps[{i}]", first, "maps[0]").detach() for i, m in enumerate(maps)]
     counted = None if mask is None else match_boolean(mask, "mask", first, "maps[0]")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sure_kernels.metrics.undefined import Undefined, scored
+from sure_kernels.metrics.undefined import Undefined, answer, scored
 from sure_kernels.validation import check_process_group
 
 
@@ -38,7 +38,7 @@ class SumState(ABC):
             parts = joined.split([t.numel() for t in sums.values()])
             sums = {name: part.view(self._shapes[name]) for name, part in zip(sums, parts, strict=True)}
         result, reason = self._result(**sums)
-        return (result, reason) if return_reason else result
+        return answer((result, reason), return_reason)
 
     def _add(self, **sums: Tensor) -> None:
         for name, value in sums.items():

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sure_kernels.validation import check_bool
+
 
 class Undefined(enum.IntEnum):
     """Reasons for NaN, the first that applies."""
@@ -66,5 +68,6 @@ def scored(value: Tensor, *reasons: tuple[Undefined, Tensor]) -> Scored:
 
 def answer(scored: Iterable[Any], return_reason: bool) -> Any:
     """What a public function returns: (result, reason), or the result alone."""
+    check_bool(return_reason, "return_reason")
     result, reason = scored
     return (result, reason) if return_reason else result
