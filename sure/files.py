@@ -24,6 +24,8 @@ def resolved(path: Path) -> Path:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises OSError, or ValueError for anything that is not JSON."""
+    if path.exists() and not path.is_file():  # /dev/zero never ends, a pipe never begins
+        raise ValueError("expected a file, found a folder or a device")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
