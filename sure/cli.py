@@ -326,7 +326,7 @@ def predict(
 
 
 def report(
-    evaluations: tyro.conf.Positional[tuple[Path, ...]],
+    folders: tyro.conf.Positional[tuple[Path, ...]],
     /,
     out: Path = Path("report.html"),
     title: str = "Segmentation with supervised uncertainty",
@@ -334,7 +334,8 @@ def report(
     """One self-contained HTML page that puts evaluations side by side.
 
     Args:
-        evaluations: folders written by `sure evaluate`; the first is what the others are compared with.
+        folders: written by `sure evaluate`, the first is what the others are compared with; and by `sure robustness`
+            for the same runs, whose curves are then shown.
         out: file to write.
         title: heading of the page.
     """
@@ -347,10 +348,10 @@ def report(
     # What a damaged or edited evaluation may lead to, wherever it is read.
     damage = (LookupError, TypeError, AttributeError, ValueError, EOFError, RecursionError, UndefinedError, BadZipFile)
     try:
-        print(write_report(evaluations, out, title))
+        print(write_report(folders, out, title))
     except damage as error:
-        folders, what = ", ".join(map(str, evaluations)), " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{folders}: not whole evaluations ({what[:120]}); sure evaluate writes them anew") from error
+        named, what = ", ".join(map(str, folders)), " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{named}: not whole evaluations ({what[:120]}); sure evaluate writes them anew") from error
 
 
 def doctor() -> int:

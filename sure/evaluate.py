@@ -22,7 +22,7 @@ from sure.files import atomic_folder
 from sure.inference import Inference, infer
 from sure.report import figures
 from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, summarise
-from sure.scoring import CaseScorer, pooled
+from sure.scoring import REACH, CaseScorer, pooled, risk_coverage
 from sure_kernels import metrics
 
 KIND = "sure evaluation"
@@ -77,13 +77,15 @@ def evaluate(
     check_cases(run, dataset, chosen, cases_from, progress)
     check_replaceable(out, "metrics.json", KIND, ("metrics.csv", "pictures"))
 
-    rows, cuts, scores, undefined = [], {}, [], {}
+    rows, cuts, scores, profiles, undefined = [], {}, [], [], {}
     for case in tqdm(chosen, desc="evaluating", unit="case", disable=not progress):
         loaded = load_case(case, ignore_label=dataset.ignore_label)
         scorer, result = CaseScorer(run, loaded), infer(run, loaded.image[None])
         scored = scorer.score(loaded.image, result)
         scores.append(scored)
-        answer, reasons = noise_response(run, scorer, loaded, result.uncertainty, seed)
+        maps = noise_maps(run, loaded, result.uncertainty, seed)
+        answer, reasons = noise_response(scorer, maps)
+        profiles.append(scorer.profile(maps))
         rows.append({"name": case.name, **scored.values, **answer})
         undefined[case.name] = scored.undefined | reasons
         cuts[case.name] = _planes(loaded, result)
@@ -110,6 +112,8 @@ def evaluate(
             name: _lists(metrics.Reliability(*(t[k] for t in together.reliability_per_class)))
             for k, name in enumerate(run.class_names)
         },
+        "risk_coverage": risk_coverage([s.histograms for s in scores]),
+        "by_distance": _by_distance(profiles),
         "pictures": {
             "overlays": {name: f"pictures/case_{name}.png" for name in drawn},
             "planes": {name: f"pictures/case_{name}.npz" for name in drawn},
@@ -139,22 +143,13 @@ def evaluate(
     return report
 
 
-def noise_response(
-    run: Run,
-    scorer: CaseScorer,
-    case: EvaluationCase,
-    clean: Tensor,
-    seed: int,
-    known: Mapping[float, Tensor] = MappingProxyType({}),
-) -> tuple[dict[str, float], dict[str, str]]:
-    """UCC_d, UR_d and the response to the published pair of noise levels, one noise field at two means.
-
-    The distance is set against the rise from the clean image to the weaker noise, the share counts voxels whose
-    uncertainty rises from the weaker to the stronger.
+def noise_maps(
+    run: Run, case: EvaluationCase, clean: Tensor, seed: int, known: Mapping[float, Tensor] = MappingProxyType({})
+) -> list[Tensor]:
+    """Uncertainty (1, *spatial) of a case as it is, `clean`, and under the published pair of noise levels.
 
     Args:
-        clean: uncertainty (1, *spatial) of the case as it is.
-        seed: of the noise, drawn for each case.
+        seed: of the noise, drawn for each case: one field at both means.
         known: uncertainty under noise of a mean, where a sweep has it already.
     """
     corrupt, field = CORRUPTIONS["gaussian_mean"], seed_of(seed, case.name, "gaussian_mean")
@@ -162,7 +157,16 @@ def noise_response(
         known[mean] if mean in known else infer(run, corrupt(case.image, mean, field)[None]).uncertainty
         for mean in NOISE_MEANS
     ]
-    return scorer.response([clean, *noised], (0.0, *NOISE_MEANS), noised=1)
+    return [clean, *noised]
+
+
+def noise_response(scorer: CaseScorer, maps: Sequence[Tensor]) -> tuple[dict[str, float], dict[str, str]]:
+    """UCC_d, UR_d and the noise response of what `noise_maps` gives.
+
+    The distance is set against the rise from the clean image to the weaker noise, the share counts voxels whose
+    uncertainty rises from the weaker to the stronger.
+    """
+    return scorer.response(maps, (0.0, *NOISE_MEANS), noised=1)
 
 
 def choose_cases(run: Run, dataset: Dataset, cases: str) -> tuple[list[Case], str]:
@@ -198,6 +202,17 @@ def check_cases(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: 
         raise UserError(f"{dataset.root}: {len(faults)} faults:\n{format_faults(faults)}")
     if not chosen:
         raise UserError(f"{dataset.root}: no case to evaluate")
+
+
+def _by_distance(profiles: Sequence[Tensor]) -> dict[str, Any]:
+    """Mean uncertainty of all voxels at each distance from the boundary, clean and under noise."""
+    voxels, *sums = sum(profiles[1:], profiles[0])
+    return {
+        "distance": [*range(REACH + 1), None],
+        "voxels": voxels.long().tolist(),
+        "noise_mean": [0.0, *NOISE_MEANS],
+        "uncertainty": [(s / voxels).tolist() for s in sums],
+    }
 
 
 def _lists(curve: metrics.Reliability) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ from sure.checkpoint import load_run
 from sure.corruptions import CORRUPTIONS, Corruption, seed_of
 from sure.data import discover, load_case
 from sure.errors import UserError
-from sure.evaluate import check_cases, choose_cases, missing_cases, noise_response
+from sure.evaluate import check_cases, choose_cases, missing_cases, noise_maps, noise_response
 from sure.files import atomic_folder
 from sure.inference import infer
 from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, summarise
@@ -99,7 +99,7 @@ def robustness(
                     bar.update()
                 stacked = [m[None] for m in maps]
                 responses[name].update(stacked, steps_of, distance=scorer.distance, near=NEAR, mask=scorer.valid)
-            clean.add(case.name, scored, noise_response(run, scorer, loaded, before, seed, published))
+            clean.add(case.name, scored, noise_response(scorer, noise_maps(run, loaded, before, seed, published)))
 
     report = {
         "kind": KIND,

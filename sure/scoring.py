@@ -26,6 +26,8 @@ NEAR = 4.0
 """Voxels at most this far from a boundary answer to noise."""
 FAR = 4.0
 """Voxels farther than this from every boundary should be certain."""
+REACH = 10
+"""Voxels from a boundary up to which the profile of uncertainty tells distances apart."""
 NUM_BINS = 10
 """Of reliability curves and calibration errors."""
 
@@ -76,7 +78,7 @@ class CaseScorer:
         self._run_dims, self._dims = run.config.spatial_dims, case.image.ndim - 1
         self.valid = case.label != IGNORE  # (1, *spatial), as is the truth
         self.truth = torch.where(self.valid, case.label, 0)
-        self.distance = self._distance(case.label, max(BOUNDARY, NEAR, FAR))  # (1, 1, *spatial)
+        self.distance = self._distance(case.label, max(BOUNDARY, NEAR, FAR, REACH))  # (1, 1, *spatial)
         self.boundary = (self.distance <= BOUNDARY) & self.valid
         self.near = (self.distance <= NEAR) & self.valid
         self.far = (self.distance > FAR) & self.valid
@@ -130,6 +132,21 @@ class CaseScorer:
                 undefined[key] = reason
         return values, undefined
 
+    def profile(self, maps: Sequence[Tensor]) -> Tensor:
+        """Uncertainty by distance from the boundary, as sums that add up over cases.
+
+        Args:
+            maps: uncertainty (1, *spatial) under different conditions.
+
+        Returns:
+            float64 (1 + len(maps), REACH + 2): the number of voxels, then the sum of each map over them, at distances
+            0, up to 1, ..., up to REACH voxels, and farther.
+        """
+        bins = self.distance[self.valid[None]].ceil().clamp(max=REACH + 1).long()
+        ones = torch.ones(len(bins), dtype=torch.float64)
+        weights = [ones, *(m[self.valid].double() for m in maps)]
+        return torch.stack([torch.bincount(bins, w, minlength=REACH + 2) for w in weights])
+
     def _distance(self, labels: Tensor, limit: float) -> Tensor:
         """(1, *spatial) labels to (1, 1, *spatial) distances in voxels, +inf beyond `limit`."""
         slices = as_batch(labels[None], self._run_dims)[:, 0]
@@ -181,6 +198,22 @@ def pooled(sums: Sequence[SegmentationHistograms], names: Sequence[str]) -> tupl
     total = SegmentationHistograms(*(sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True)))
     scores, reasons = scores_of(total, NUM_BINS)
     return scores, {key: value for key, value, _ in _one_pass(scores, reasons, names)}
+
+
+def risk_coverage(sums: Sequence[SegmentationHistograms], points: int = 100) -> dict[str, list[float]]:
+    """Share of wrong voxels among the most certain ones, against their share of all: over the voxels of several cases.
+
+    At most `points` shares, as close to evenly spaced as the bins of the histograms allow, the last one 1; none where
+    no voxel counts.
+    """
+    right, wrong = sum((s.errors[-1] for s in sums[1:]), sums[0].errors[-1]).double().cumsum(-1)
+    kept = right + wrong
+    if not kept[-1]:
+        return {"coverage": [], "risk": []}
+    coverage = kept / kept[-1]
+    wanted = torch.arange(1, points + 1, dtype=torch.float64) / points
+    at = torch.searchsorted(coverage, wanted).clamp(max=len(coverage) - 1).unique()
+    return {"coverage": coverage[at].tolist(), "risk": (wrong / kept)[at].tolist()}
 
 
 def _one_pass(scores: SegmentationScores, reasons: SegmentationScores, names: Sequence[str]) -> Measured:

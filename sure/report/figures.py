@@ -1,9 +1,9 @@
-"""The pictures of an evaluation, on Matplotlib's object API: overlays, reliability, gradient plots."""
+"""The pictures of an evaluation, on Matplotlib's object API: overlays, and charts of calibration and uncertainty."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ CLASS_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#d9dee5"
 UNCERTAINTY_MAP = "magma"
+_MARKERS = "os^Dv"
 
 _DPI = 110
+_CHART_DPI = 144
 _FONT: dict[str, Any] = {"fontsize": 9, "color": INK}
 
 
@@ -180,15 +182,15 @@ def reliability(curves: Mapping[str, tuple[Reliability, float]]) -> Figure:
     Args:
         curves: by run name, the curve (tensors of length num_bins) and its ECE.
     """
-    figure = Figure(figsize=(4.0, 3.9), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(4.0, 3.9), dpi=_CHART_DPI, layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(3.4, 1), sharex=True)
     top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls="--", zorder=1)
     for i, (name, (curve, ece)) in enumerate(curves.items()):
         confidence, accuracy, voxels = (t.cpu().numpy() for t in curve)
         filled = voxels > 0
-        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "lw": 1.6, "ls": ("-", "--")[i % 2]}
+        style = _line(i)
         label = f"{name}: ECE {ece:.4f}" if name else f"ECE {ece:.4f}"
-        top.plot(confidence[filled], accuracy[filled], marker="os^D"[i % 4], ms=4.5, label=label, **style)
+        top.plot(confidence[filled], accuracy[filled], marker=_MARKERS[i % len(_MARKERS)], ms=4.5, label=label, **style)
         edges = np.linspace(0, 1, len(voxels) + 1)
         bottom.stairs(voxels / max(voxels.sum(), 1), edges, fill=len(curves) == 1, **style)
     top.set(xlim=(0, 1), ylim=(0, 1.02))
@@ -202,20 +204,123 @@ def reliability(curves: Mapping[str, tuple[Reliability, float]]) -> Figure:
     return figure
 
 
-def gradient_plots(points: Mapping[str, BoundaryPoints]) -> Figure:
+def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float], float]]) -> Figure:
+    """Error rate among the most certain voxels against their share.
+
+    Args:
+        curves: by run name, coverage, risk and AURC.
+    """
+    figure, axis = _chart()
+    for i, (name, (coverage, risk, aurc)) in enumerate(curves.items()):
+        text = "undefined" if np.isnan(aurc) else f"{aurc:.5f}"
+        axis.plot(coverage, risk, label=f"{name}: AURC {text}", **_line(i))
+    axis.set(xlim=(0, 1))
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("share of voxels kept, the most certain first", **_FONT)
+    axis.set_ylabel("error rate among them", **_FONT)
+    _legend(axis)
+    return figure
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Mean uncertainty by distance from the nearest boundary."""
+
+    labels: Sequence[str]
+    """What to write below each of the D distances."""
+    noise: Sequence[float]
+    """The L means of the noise, 0 first: the image as it is."""
+    uncertainty: NDArray[np.float64]
+    """(L, D), NaN where there is no voxel."""
+
+
+def distance_plot(profiles: Mapping[str, Profile]) -> Figure:
+    """Uncertainty of the images as they are against the distance from the nearest boundary, a line for each run."""
+    figure, axis = _chart()
+    for i, (name, profile) in enumerate(profiles.items()):
+        style = {"marker": _MARKERS[i % len(_MARKERS)], "ms": 4.5, **_line(i)}
+        axis.plot(profile.labels, profile.uncertainty[0], label=name, **style)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("distance from the true boundary, voxels", **_FONT)
+    axis.set_ylabel("mean uncertainty", **_FONT)
+    _legend(axis)
+    return figure
+
+
+def noise_plot(profiles: Mapping[str, Profile]) -> Figure:
+    """The rise of uncertainty under noise against the distance; the runs' colours, the stronger noise the bolder."""
+    figure, axis = _chart()
+    axis.axhline(0, color=MUTED, lw=1)
+    for i, (name, profile) in enumerate(profiles.items()):
+        for step, mean in enumerate(profile.noise[1:], 1):
+            rise = profile.uncertainty[step] - profile.uncertainty[0]
+            style = _line(i) | {"lw": 0.6 + 2 * step / len(profile.noise[1:])}
+            marker = _MARKERS[i % len(_MARKERS)]
+            axis.plot(profile.labels, rise, marker=marker, ms=4, label=f"{name}, noise {mean:g}", **style)
+    axis.set_xlabel("distance from the true boundary, voxels", **_FONT)
+    axis.set_ylabel("rise of mean uncertainty", **_FONT)
+    _legend(axis)
+    return figure
+
+
+@dataclass(frozen=True)
+class Severity:
+    """A metric of one run over the severity of a corruption: mean over cases and its interval, (L,) each."""
+
+    levels: Sequence[float]
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def severity_plot(curves: Mapping[str, Severity], title: str, parameter: str, colours: Mapping[str, int]) -> Figure:
+    """One metric against severity: a line for each run, its 95 % interval shaded.
+
+    Args:
+        curves: by run name.
+        title: the metric.
+        parameter: what severity is measured by.
+        colours: index of each run's colour.
+    """
+    figure, axis = _chart(3.4, 2.6)
+    for name, curve in curves.items():
+        style, marker = _line(colours[name]), _MARKERS[colours[name] % len(_MARKERS)]
+        axis.plot(curve.levels, curve.mean, label=name, marker=marker, ms=4, **style)
+        axis.fill_between(curve.levels, curve.low, curve.high, color=style["color"], alpha=0.15, lw=0)
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.set_xlabel(parameter, **_FONT)
+    _legend(axis)
+    return figure
+
+
+def _chart(width: float = 4.0, height: float = 3.3) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=_CHART_DPI, layout="constrained")
+    axis = figure.subplots()
+    _plain(axis)
+    return figure, axis
+
+
+def _line(run: int) -> dict[str, Any]:
+    """Colour and dashes of a run: told apart without colour as well."""
+    return {"color": RUN_COLOURS[run % len(RUN_COLOURS)], "lw": 1.6, "ls": ("-", "--")[run % 2]}
+
+
+def _legend(axis: Axes) -> None:
+    axis.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=3)
+
+
+def gradient_plots(points: Mapping[str, BoundaryPoints], limits: tuple[float, float] | None = None) -> Figure:
     """Per run, the density of boundary voxels over gradient and uncertainty, with the median per tenth of them.
 
     All panels share their axes.
 
     Args:
         points: by run name.
+        limits: largest gradient and uncertainty shown; None takes those of `gradient_limits`.
     """
-    figure = Figure(figsize=(4.1 * len(points) + 0.4, 3.9), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(4.1 * len(points) + 0.4, 3.9), dpi=_CHART_DPI, layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
-    filled = [p for p in points.values() if len(p.gradient)]
-    # a few sharp edges or odd voxels must not squeeze the rest
-    right = max((float(np.percentile(p.gradient, 99.5)) for p in filled), default=0.0) or 1.0
-    top = max((float(np.percentile(p.uncertainty, 99.8)) for p in filled), default=0.0) * 1.05 or 1.0
+    right, top = limits or gradient_limits(points.values())
     for axis, (name, run) in zip(panels, points.items(), strict=True):
         _density(axis, run, right, top)
         text = "undefined" if np.isnan(run.correlation) else f"{run.correlation:+.3f}".replace("-", "−")
@@ -225,6 +330,14 @@ def gradient_plots(points: Mapping[str, BoundaryPoints]) -> Figure:
     panels[0].set_ylabel("uncertainty", **_FONT)
     _plain(*panels)
     return figure
+
+
+def gradient_limits(points: Iterable[BoundaryPoints]) -> tuple[float, float]:
+    """Largest gradient and uncertainty to show: a few sharp edges or odd voxels must not squeeze the rest."""
+    filled = [p for p in points if len(p.gradient)]
+    right = max((float(np.percentile(p.gradient, 99.5)) for p in filled), default=0.0) or 1.0
+    top = max((float(np.percentile(p.uncertainty, 99.8)) for p in filled), default=0.0) * 1.05 or 1.0
+    return right, top
 
 
 def _density(axis: Axes, run: BoundaryPoints, right: float, top: float) -> None:
@@ -315,7 +428,7 @@ def comparison(arms: Mapping[str, Arm], levels: Sequence[str]) -> Figure:
     figure = Figure(figsize=(3.6 * (1 + len(metrics)), 3.6), dpi=_DPI, layout="constrained")
     trade, *panels = figure.subplots(1, 1 + len(metrics))
     for i, (name, arm) in enumerate(arms.items()):
-        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "marker": "os^Dv"[i % 5]}
+        style = {"color": RUN_COLOURS[i % len(RUN_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
         trade.scatter(arm.relation, arm.detection, s=14, alpha=0.5, **style)
         trade.scatter([np.nanmean(arm.relation)], [np.nanmean(arm.detection)], s=60, label=name, **style)
         for panel, metric in zip(panels, metrics, strict=True):

@@ -1,8 +1,9 @@
-"""The comparison page: a Jinja2 template filled with the numbers and pictures of evaluations."""
+"""The comparison page: a Jinja2 template filled with the numbers and pictures of evaluations and sweeps."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,31 +19,42 @@ from markupsafe import Markup
 from sure.errors import UserError
 from sure.files import write_text
 from sure.report import figures
-from sure.report.glossary import METRICS, Metric, describe
+from sure.report.glossary import METRICS, UNKNOWN, Metric, describe
+from sure.results import interval, summarise
 from sure_kernels.metrics import Reliability
 
 TITLES = {"sure": "SURE", "edl": "EDL", "dice_ce": "Dice + CE"}
-HEADLINES = ("dice", "ucc_g", "uncertainty_far", "ece")
+CASE_COLUMNS = ("dice", "ece", "ueo", "ucc_g")
+"""Metrics of the table of all cases."""
+SEVERITY_METRICS = ("dice", "ece", "ueo", "uncertainty_boundary")
+"""Metrics drawn against the severity of each corruption."""
+FEW_CASES = 10
+"""With fewer, the page warns of its intervals."""
+
+Pairs = dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Evaluation:
     folder: Path
     name: str
     values: dict[str, Any]
+    summary: Pairs
+    """By metric, as `summarise` gives it."""
+    sweep: dict[str, Any] | None
+    """What robustness.json of the same run holds."""
 
     @property
-    def cases(self) -> dict[str, dict[str, Any]]:
+    def cases(self) -> Pairs:
         return {row["name"]: row for row in self.values["cases"]}
 
 
-def write_report(
-    evaluations: Sequence[Path], out: Path, title: str = "Segmentation with supervised uncertainty"
-) -> Path:
-    """Write one HTML file that needs nothing else: numbers side by side, diagrams, overlays.
+def write_report(folders: Sequence[Path], out: Path, title: str = "Segmentation with supervised uncertainty") -> Path:
+    """Write one HTML file that needs nothing else: numbers side by side, charts, overlays.
 
     Args:
-        evaluations: folders that `sure evaluate` wrote; the first is what the others are compared with.
+        folders: what `sure evaluate` wrote, the first is what the others are compared with; and what
+            `sure robustness` wrote of the same runs, in any order.
         out: the .html file to write.
         title: heading of the page.
 
@@ -50,13 +62,11 @@ def write_report(
         `out`.
 
     Raises:
-        UserError: a folder that is no evaluation, the same one twice, or no folder at all.
+        UserError: a folder that is neither, the same one twice, no evaluation at all, a sweep of another run.
     """
-    if not evaluations:
-        raise UserError("evaluations: expected at least one folder")
     if out.is_dir():
         raise UserError(f"{out}: expected a file name, found a folder")
-    runs = _load(evaluations)
+    runs = _load(folders)
     environment = Environment(
         loader=PackageLoader("sure.report", "."),
         autoescape=True,
@@ -64,17 +74,22 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["groupby_in_order"] = _grouped
+    rows = _rows(runs)
     html = environment.get_template("page.html.j2").render(
         title=title,
         same_cases=all(run.cases.keys() == runs[0].cases.keys() for run in runs),
-        runs=[{"name": run.name, **run.values} for run in runs],
+        few_cases=min(len(run.cases) for run in runs) < FEW_CASES,
+        runs=[{"name": run.name, "undefined": {}, "cases_missing": [], **run.values} for run in runs],
         colours=figures.RUN_COLOURS,
-        tiles=_tiles(runs),
-        rows=_rows(runs),
+        rows=rows,
+        verdicts=_verdicts(runs, rows),
         overlays=_overlays(runs),
-        reliability=_embed(_reliability(runs)),
-        gradients=_embed(_gradients(runs)),
-        glossary=METRICS,
+        calibration=_calibration(runs),
+        relation=_relation(runs),
+        severities=_severities(runs),
+        glossary={key: metric for key, metric in METRICS.items() if any(key in run.summary for run in runs)},
+        case_columns=[describe(key).label for key in CASE_COLUMNS],
         cases=_case_table(runs),
     )
     write_text(out, html)
@@ -82,81 +97,142 @@ def write_report(
 
 
 def _load(folders: Sequence[Path]) -> list[_Evaluation]:
-    """The evaluations, each under its loss's name, with the folder's where two runs share a loss."""
-    loaded = []
+    """The evaluations, each with its sweep and under its loss's name, with the folder's where two share a loss."""
+    evaluations: list[tuple[Path, str, dict[str, Any]]] = []
+    sweeps: list[tuple[Path, dict[str, Any]]] = []
     for folder in map(Path, folders):
-        try:
-            values = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: expected an evaluation with metrics.json ({error})") from error
-        if not isinstance(values, dict) or values.get("kind") != "sure evaluation":
-            raise UserError(f"{folder / 'metrics.json'}: not written by sure evaluate")
+        if (folder / "robustness.json").is_file() and not (folder / "metrics.json").is_file():
+            sweeps.append((folder, _read(folder, "robustness")))
+            continue
+        values = _read(folder, "evaluation")
         needed = [*values["pictures"]["planes"].values(), values["pictures"]["boundary"]]
         missing = [name for name in needed if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder}: incomplete evaluation, {missing[0]} is missing")
-        loaded.append((folder, TITLES[values["loss"]], values))
-    names = [name for _, name, _ in loaded]
-    runs = [
-        _Evaluation(folder, name if names.count(name) == 1 else f"{name} ({folder.name})", values)
-        for folder, name, values in loaded
+        evaluations.append((folder, TITLES.get(values["loss"], values["loss"]), values))
+    if not evaluations:
+        raise UserError("evaluations: expected at least one folder that sure evaluate wrote")
+    names = [name for _, name, _ in evaluations]
+    names = [
+        name if names.count(name) == 1 else f"{name} ({folder.name})"
+        for (folder, _, _), name in zip(evaluations, names, strict=True)
     ]
-    twice = {run.name for run in runs if [r.name for r in runs].count(run.name) > 1}
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"evaluations: expected distinct folder names, got {', '.join(sorted(twice))} twice")
-    return runs
-
-
-def _tiles(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
-    """The headline numbers: label, better direction, and every run's mean."""
+        raise UserError(f"evaluations: expected distinct folder names, got {', '.join(twice)} twice")
+    found: dict[int, dict[str, Any]] = {}
+    for folder, sweep in sweeps:
+        of = [i for i, (_, _, values) in enumerate(evaluations) if _same_run(values, sweep["run"])]
+        if not of:
+            of_run = f"{sweep['run']['path']}, checkpoint {sweep['run']['checkpoint']}"
+            raise UserError(f"{folder}: a sweep of {of_run}, of which no evaluation was given")
+        if set(of) & set(found):
+            raise UserError(f"{folder}: a second sweep of {sweep['run']['path']}")
+        found |= dict.fromkeys(of, sweep)
     return [
-        {"label": METRICS[key].label, "better": METRICS[key].better, "values": _means(runs, key)} for key in HEADLINES
+        _Evaluation(folder, name, values, _summary(values), found.get(i))
+        for i, ((folder, _, values), name) in enumerate(zip(evaluations, names, strict=True))
     ]
 
 
-def _means(runs: Sequence[_Evaluation], key: str) -> list[str]:
-    return [_number(run.values["summary"].get(key, {}).get("mean"), METRICS[key].digits) for run in runs]
+def _read(folder: Path, what: str) -> dict[str, Any]:
+    file = {"evaluation": "metrics.json", "robustness": "robustness.json"}[what]
+    try:
+        values = json.loads((folder / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: expected an evaluation with metrics.json or a sweep ({error})") from error
+    command = {"evaluation": "evaluate", "robustness": "robustness"}[what]
+    if not isinstance(values, dict) or values.get("kind") != f"sure {what}":
+        raise UserError(f"{folder / file}: not written by sure {command}")
+    needed = {
+        "evaluation": ("loss", "cases", "summary", "reliability", "pictures", "run", "checkpoint"),
+        "robustness": ("run", "clean", "corruptions"),
+    }[what]
+    lacking = [key for key in needed if not values.get(key)]
+    if lacking:
+        raise UserError(f"{folder / file}: {', '.join(lacking)} missing; run sure {command} anew")
+    return values
+
+
+def _same_run(evaluation: dict[str, Any], run: dict[str, Any]) -> bool:
+    return evaluation["checkpoint"] == run["checkpoint"] and (
+        Path(evaluation["run"]).resolve() == Path(run["path"]).resolve()
+    )
+
+
+def _summary(values: dict[str, Any]) -> Pairs:
+    """That of the evaluation; of one written before intervals were, its own anew from the cases."""
+    stored = values["summary"]
+    return stored if all("ci" in entry for entry in stored.values()) else summarise(values["cases"])
 
 
 def _rows(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
-    """The table: per metric, mean and deviation of every run, and the paired difference to the first."""
+    """The tables: per metric, mean and interval of every run, and the paired difference from the first."""
     rows = []
     for key in _keys(runs):
         metric = describe(key)
         cells = []
         for i, run in enumerate(runs):
-            summary = run.values["summary"].get(key, {"mean": None, "std": None, "n": 0})
-            cell = {name: _number(summary[name], metric.digits) for name in ("mean", "std")}
+            summary = run.summary.get(key, {"mean": None, "ci": (None, None), "n": 0})
+            cell = {"mean": _number(summary["mean"], metric.digits), "ci": _range(summary["ci"], metric.digits)}
             if i:
                 cell |= _difference(runs[0], run, key, metric)
             cells.append(cell)
         of = key.partition("/")[2]
-        rows.append({"label": of or metric.label, "better": metric.better, "detail": bool(of), "cells": cells})
+        rows.append(
+            {
+                "label": of or metric.label,
+                "better": metric.better,
+                "detail": bool(of),
+                "headline": metric.headline and not of,
+                "group": metric.group,
+                "cells": cells,
+            }
+        )
     return rows
 
 
 def _keys(runs: Sequence[_Evaluation]) -> list[str]:
-    """Every metric of any run: the glossary's order, then classes in the order of the first run."""
-    present = list(dict.fromkeys(key for run in runs for key in run.values["summary"]))
-    order = list(METRICS)
-    return sorted(
-        (k for k in present if k.partition("/")[0] in METRICS), key=lambda k: order.index(k.partition("/")[0])
-    )
+    """Every metric of any run: the glossary's order, then classes in the order of the first run, unknown ones last."""
+    present = list(dict.fromkeys(key for run in runs for key in run.summary))
+    order = [*METRICS, *(key for key in present if describe(key).group == UNKNOWN)]
+    return sorted(present, key=lambda k: order.index(k if k in order else k.partition("/")[0]))
 
 
 def _difference(base: _Evaluation, other: _Evaluation, key: str, metric: Metric) -> dict[str, str]:
-    """Mean and deviation of the differences over the cases that both have, and what it means."""
+    """Mean of the differences over the cases that both have, its interval, and a verdict where that excludes 0."""
     mine, theirs = other.cases, base.cases
     pairs = [(mine[n].get(key), theirs[n].get(key)) for n in mine if n in theirs]
     gaps = [a - b for a, b in pairs if a is not None and b is not None]
     if not gaps:
-        return {"difference": "–", "spread": "", "verdict": ""}
-    mean = float(np.mean(gaps))
-    spread = _number(float(np.std(gaps, ddof=1)), metric.digits) if len(gaps) > 1 else ""
-    verdict, printed = "", round(mean, metric.digits)
-    if metric.better and printed:  # no verdict on what is printed as 0
+        return {"difference": "–", "range": "", "verdict": ""}
+    mean, (low, high) = float(np.mean(gaps)), interval(gaps)
+    verdict = ""
+    shown = round(mean, metric.digits) != 0  # no verdict on what is printed as 0
+    if metric.better and shown and (low > 0 or high < 0):
         verdict = "better" if (mean > 0) == (metric.better == "higher") else "worse"
-    return {"difference": _number(mean, metric.digits, sign=True), "spread": spread, "verdict": verdict}
+    return {
+        "difference": _number(mean, metric.digits, sign=True),
+        "range": _range((low, high), metric.digits, sign=True),
+        "verdict": verdict,
+    }
+
+
+def _grouped(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """Jinja2's groupby sorts the groups; these keep their order."""
+    return [(value, list(members)) for value, members in itertools.groupby(rows, key=lambda row: row[key])]
+
+
+def _verdicts(runs: Sequence[_Evaluation], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per run but the first, the headline metrics in which it is better, worse, or not told apart."""
+    result = []
+    for i, run in enumerate(runs[1:], 1):
+        told: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+        for row in rows:
+            if row["headline"] and row["better"] and row["cells"][i]["difference"] != "–":
+                told[row["cells"][i]["verdict"]].append(row["label"])
+        result.append({"name": run.name, "better": told["better"], "worse": told["worse"], "open": told[""]})
+    return result
 
 
 def _overlays(runs: Sequence[_Evaluation]) -> list[dict[str, str]]:
@@ -171,29 +247,156 @@ def _overlays(runs: Sequence[_Evaluation]) -> list[dict[str, str]]:
         cuts = {r.name: figures.load_planes(r.folder / r.values["pictures"]["planes"][name]) for r in members}
         picture = figures.overlay(cuts, members[0].values["class_names"])
         scores = ", ".join(f"Dice {_number(r.cases[name]['dice'], METRICS['dice'].digits)} ({r.name})" for r in members)
-        result.append({"name": name, "scores": scores, "image": _embed(figures.png(picture))})
+        result.append({"name": name, "scores": scores, "image": _embed(picture)})
     return result
 
 
-def _reliability(runs: Sequence[_Evaluation]) -> bytes:
+def _chart(picture: figures.Figure, alt: str, caption: str) -> dict[str, str]:
+    return {"image": _embed(picture), "alt": alt, "caption": caption}
+
+
+def _calibration(runs: Sequence[_Evaluation]) -> list[dict[str, str]]:
     curves = {}
     for run in runs:
         stored = run.values["reliability"]
         curve = Reliability(*(torch.tensor(_floats(stored[name])) for name in Reliability._fields))
-        ece = run.values["summary"]["ece"]["mean"]
-        curves[run.name] = (curve, math.nan if ece is None else ece)
-    return figures.png(figures.reliability(curves))
+        curves[run.name] = (curve, _mean(run, "ece"))
+    charts = [
+        _chart(
+            figures.reliability(curves),
+            f"Reliability diagram: accuracy against confidence, {_listed(runs)}",
+            "Reliability over all voxels: on the dashed diagonal, confidence is accuracy; above it the network is "
+            "right more often than it claims. Below, the share of voxels in each bin. ECE is the mean over cases.",
+        )
+    ]
+    having = _having(runs, "risk_coverage")
+    if having:
+        charts.append(
+            _chart(
+                figures.risk_coverage(
+                    {
+                        run.name: (
+                            run.values["risk_coverage"]["coverage"],
+                            run.values["risk_coverage"]["risk"],
+                            _mean(run, "aurc"),
+                        )
+                        for run in having
+                    }
+                ),
+                f"Risk-coverage curve: error rate against the share of voxels kept, {_listed(having)}",
+                "Risk-coverage over all voxels: the error rate if only the most certain voxels are answered. The lower "
+                "the line stays to the left, the better uncertainty sorts out errors. AURC is the mean over cases."
+                + _without(runs, having),
+            )
+        )
+    return charts
 
 
-def _gradients(runs: Sequence[_Evaluation]) -> bytes:
+def _relation(runs: Sequence[_Evaluation]) -> list[dict[str, str]]:
+    """Uncertainty against the gradient, a chart for each run, then against the distance and under noise."""
     points = {}
     for run in runs:
-        correlation = run.values["summary"]["ucc_g"]["mean"]
         with np.load(run.folder / run.values["pictures"]["boundary"], allow_pickle=False) as stored:
-            points[run.name] = figures.BoundaryPoints(
-                stored["gradient"], stored["uncertainty"], math.nan if correlation is None else correlation
-            )
-    return figures.png(figures.gradient_plots(points))
+            points[run.name] = figures.BoundaryPoints(stored["gradient"], stored["uncertainty"], _mean(run, "ucc_g"))
+    limits = figures.gradient_limits(points.values())
+    charts = [
+        _chart(
+            figures.gradient_plots({name: found}, limits),
+            f"Uncertainty against gradient magnitude on boundary voxels, {name}",
+            f"{name}: uncertainty against the image's gradient, on the boundary voxels of all cases; the line is the "
+            "median in tenths of them. It should fall: where the image shows a sharp edge, the boundary is certain. "
+            "The correlation is the mean over cases.",
+        )
+        for name, found in points.items()
+    ]
+    having = _having(runs, "by_distance")
+    if having:
+        profiles = {run.name: _profile(run.values["by_distance"]) for run in having}
+        missing = _without(runs, having)
+        charts += [
+            _chart(
+                figures.distance_plot(profiles),
+                f"Mean uncertainty against distance from the boundary, {_listed(having)}",
+                "Uncertainty against the distance from the true boundary, over the voxels of all cases: far from every "
+                "boundary it should vanish." + missing,
+            ),
+            _chart(
+                figures.noise_plot(profiles),
+                f"Rise of uncertainty under noise against distance from the boundary, {_listed(having)}",
+                "Response to noise: how far mean uncertainty rises when Gaussian noise of standard deviation 0.3 and "
+                "the given mean is added to the normalised image. Near the boundary it should rise, the more the "
+                "stronger the noise; far from it, not at all." + missing,
+            ),
+        ]
+    return charts
+
+
+def _profile(stored: dict[str, Any]) -> figures.Profile:
+    distances = stored["distance"]
+    labels = [f">{distances[-2]}" if d is None else str(d) for d in distances]
+    uncertainty = np.array([_floats(values) for values in stored["uncertainty"]])
+    return figures.Profile(labels, stored["noise_mean"], uncertainty)
+
+
+def _severities(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
+    """Per corruption of any sweep, its metrics against severity, each run that was swept in them."""
+    colours = {run.name: i for i, run in enumerate(runs)}
+    swept = [run for run in runs if run.sweep]
+    names = dict.fromkeys(c["name"] for run in swept for c in run.sweep["corruptions"])  # type: ignore[index]
+    result = []
+    for name in names:
+        found = {}
+        for run in swept:
+            assert run.sweep is not None
+            mine = [c for c in run.sweep["corruptions"] if c["name"] == name]
+            if mine:
+                found[run] = mine[0]
+        about = next(iter(found.values()))
+        parameter = about["parameter"] + (f" ({about['unit']})" if about["unit"] else "")
+        charts = []
+        for key in SEVERITY_METRICS:
+            curves = {run.name: _curve(run, corruption, key) for run, corruption in found.items()}
+            if any(np.isfinite(curve.mean).any() for curve in curves.values()):
+                label = METRICS[key].label
+                alt = f"{label} against {parameter}, {_listed(list(found))}"
+                charts.append(_chart(figures.severity_plot(curves, label, parameter, colours), alt, ""))
+        result.append({"title": about["title"], "charts": charts, "missing": _without(runs, list(found)).strip()})
+    return result
+
+
+def _curve(run: _Evaluation, corruption: dict[str, Any], key: str) -> figures.Severity:
+    """From the clean image on; its severity is what leaves the image as it is."""
+    assert run.sweep is not None
+    clean = run.sweep["noise_response"][corruption["name"]]["levels"][0]
+    conditions = [(clean, run.sweep["clean"]["summary"])]
+    conditions += [(level["level"], level["summary"]) for level in corruption["levels"]]
+    entries = [summary.get(key, {"mean": None, "ci": (None, None)}) for _, summary in conditions]
+    low, high = zip(*(_floats(entry.get("ci", (None, None))) for entry in entries), strict=True)
+    return figures.Severity(
+        [level for level, _ in conditions],
+        np.array(_floats([entry["mean"] for entry in entries])),
+        np.array(low),
+        np.array(high),
+    )
+
+
+def _having(runs: Sequence[_Evaluation], field: str) -> list[_Evaluation]:
+    """Runs whose evaluation holds `field`: those of older versions lack some."""
+    return [run for run in runs if run.values.get(field)]
+
+
+def _without(runs: Sequence[_Evaluation], having: Sequence[_Evaluation]) -> str:
+    lacking = [run.name for run in runs if run not in having]
+    return f" Not measured for {', '.join(lacking)}." if lacking else ""
+
+
+def _listed(runs: Sequence[_Evaluation]) -> str:
+    return " and ".join(run.name for run in runs)
+
+
+def _mean(run: _Evaluation, key: str) -> float:
+    value = run.summary.get(key, {}).get("mean")
+    return math.nan if value is None else value
 
 
 def _floats(values: Sequence[float | None]) -> list[float]:
@@ -201,13 +404,13 @@ def _floats(values: Sequence[float | None]) -> list[float]:
 
 
 def _case_table(runs: Sequence[_Evaluation]) -> list[dict[str, Any]]:
-    """Every case with every run's headline metrics."""
+    """Every case with the metrics of CASE_COLUMNS of every run."""
     names = dict.fromkeys(name for run in runs for name in run.cases)
     return [
         {
             "name": name,
             "cells": [
-                _number(run.cases.get(name, {}).get(key), METRICS[key].digits) for key in HEADLINES for run in runs
+                _number(run.cases.get(name, {}).get(key), METRICS[key].digits) for key in CASE_COLUMNS for run in runs
             ],
         }
         for name in names
@@ -221,5 +424,11 @@ def _number(value: float | None, digits: int, *, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
-def _embed(png: bytes) -> Markup:
-    return Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
+def _range(ends: Sequence[float | None], digits: int, *, sign: bool = False) -> str:
+    """Empty where undefined."""
+    low, high = (_number(end, digits, sign=sign) for end in ends)
+    return "" if low == "–" else f"{low} to {high}"
+
+
+def _embed(picture: figures.Figure) -> Markup:
+    return Markup("data:image/png;base64," + base64.b64encode(figures.png(picture)).decode("ascii"))

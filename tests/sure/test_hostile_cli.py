@@ -275,7 +275,7 @@ BAD = {
     "evaluation without a summary": (
         lambda: edit_json("ev/metrics.json", lambda v: {k: x for k, x in v.items() if k != "summary"}),
         REPORT,
-        "ev: not whole evaluations (KeyError: 'summary')",
+        "ev/metrics.json: summary missing; run sure evaluate anew",
     ),
     "evaluation with a word for cases": (
         lambda: edit_json("ev/metrics.json", lambda v: {**v, "cases": "x"}),

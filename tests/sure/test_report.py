@@ -10,12 +10,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from matplotlib import _pylab_helpers
+from scipy.stats import bootstrap
 from tiny_run import CLASSES, make_run, write_data
 
 import sure.evaluate
 from sure.errors import UserError
 from sure.report import figures, glossary, write_report
+from sure.report import page as report_page
 from sure_kernels.metrics import Reliability
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -69,7 +72,8 @@ def test_page_is_whole_and_self_contained(written):
     assert len(html) < 10_000_000
     page = Page(html)
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 2 + 1 + 1  # overlays of the shared cases, gradient plots, reliability
+    # overlays of the shared cases; reliability and risk-coverage; gradient of each run, distance and noise
+    assert len(images) == 2 + 2 + 2 + 2
     assert all(src.startswith("data:image/png;base64,") for src in images)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
     assert not re.search(r"https?://|url\(", html)
@@ -84,9 +88,13 @@ def test_numbers_are_the_evaluations(evaluations, written):
     gaps = [b["dice"] - a["dice"] for a, b in zip(*(s["cases"] for s in stored), strict=True)]
     for value in (*dice, abs(np.mean(gaps))):
         assert f"{value:.3f}" in text
+    for s in stored:
+        low, high = s["summary"]["dice"]["ci"]
+        assert f"{low:.3f} to {high:.3f}" in text
     assert "EDL" in text
     assert "SURE − EDL" in text
     assert "2 held-out cases that took no part in training" in text
+    assert "With so few cases these intervals are too narrow" in text
     for s in stored:
         assert s["date"] in text
         assert s["run"] in text
@@ -117,7 +125,7 @@ def test_same_loss_is_told_apart_by_folder(evaluations, tmp_path):
 
 
 def test_errors(evaluations, tmp_path):
-    with pytest.raises(UserError, match="expected at least one folder"):
+    with pytest.raises(UserError, match="expected at least one folder that sure evaluate wrote"):
         write_report([], tmp_path / "r.html")
     with pytest.raises(UserError, match=r"expected an evaluation with metrics\.json"):
         write_report([tmp_path], tmp_path / "r.html")
@@ -133,6 +141,122 @@ def test_errors(evaluations, tmp_path):
     with pytest.raises(UserError, match=r"incomplete evaluation, pictures/gradient\.npz is missing"):
         write_report([tmp_path / "torn"], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def edited(folder, source, **changes):
+    """A copy of an evaluation with other values in its metrics.json; None takes a field out."""
+    shutil.copytree(source, folder)
+    stored = json.loads((folder / "metrics.json").read_text()) | changes
+    stored = {key: value for key, value in stored.items() if value is not None}
+    (folder / "metrics.json").write_text(json.dumps(stored))
+    return folder
+
+
+def row_of(folders, label: str) -> dict:
+    """The first row of the tables that is called `label`."""
+    return next(row for row in report_page._rows(report_page._load(folders)) if row["label"] == label)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "mark"),
+    [
+        ((0.1, 0.2, 0.15, 0.11), "better"),
+        ((-0.1, -0.2, -0.15, -0.11), "worse"),
+        ((0.3, -0.1, 0.2, -0.05), ""),  # the mean is far from 0, its interval holds it
+        ((1e-5, 1e-5, 1e-5, 1e-5), ""),  # printed as 0
+    ],
+)
+def test_marks_only_where_the_paired_interval_excludes_0(evaluations, tmp_path, gaps, mark):
+    stored = json.loads((evaluations[0] / "metrics.json").read_text())
+    row = stored["cases"][0]
+    cases = [row | {"name": f"case_{i}", "dice": 0.5 + i / 100} for i in (0, 2, 3, 4)]
+    others = [case | {"dice": case["dice"] + gap} for case, gap in zip(cases, gaps, strict=True)]
+    folders = [
+        edited(tmp_path / "a", evaluations[0], cases=cases),
+        edited(tmp_path / "b", evaluations[1], cases=others),
+    ]
+    cell = row_of(folders, "Dice")["cells"][1]
+    assert cell["difference"] == f"{np.mean(gaps):+.3f}".replace("-", "−")
+    assert cell["verdict"] == mark
+    low, high = bootstrap((gaps,), np.mean, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+    assert mark == "" or low > 0 or high < 0
+
+
+def test_evaluations_of_older_versions(evaluations, tmp_path):
+    stored = json.loads((evaluations[0] / "metrics.json").read_text())
+    summary = {key: {k: v for k, v in entry.items() if k != "ci"} for key, entry in stored["summary"].items()}
+    changes = {"summary": summary, "risk_coverage": None, "by_distance": None, "undefined": None, "cases_missing": None}
+    old = edited(tmp_path / "old", evaluations[0], **changes)
+    low, high = stored["summary"]["dice"]["ci"]
+    assert row_of([old], "Dice")["cells"][0]["ci"] == f"{low:.3f} to {high:.3f}"  # from the cases
+    runs = report_page._load([old])
+    assert len(report_page._calibration(runs)) == len(report_page._relation(runs)) == 1
+    html = write_report([old, evaluations[1]], tmp_path / "r.html").read_text()
+    assert html.count("Not measured for EDL.") == 3
+    torn = edited(tmp_path / "torn", evaluations[0], reliability=None)
+    with pytest.raises(UserError, match=r"torn/metrics.json: reliability missing; run sure evaluate anew"):
+        write_report([torn], tmp_path / "no.html")
+
+
+def test_sweeps_stand_beside_their_runs(evaluations, tmp_path):
+    stored = json.loads((evaluations[1] / "metrics.json").read_text())
+    levels = [{"level": level, "summary": stored["summary"]} for level in (0.1, 0.9)]
+    sweep = {
+        "kind": "sure robustness",
+        "run": {"path": stored["run"], "checkpoint": stored["checkpoint"]},
+        "clean": {"summary": stored["summary"]},
+        "corruptions": [
+            {"name": "gaussian_mean", "title": "Noise & more", "parameter": "mean", "unit": "SD", "levels": levels}
+        ],
+        "noise_response": {"gaussian_mean": {"levels": [0.0, 0.1, 0.9]}},
+    }
+    folder = tmp_path / "rob"
+    folder.mkdir()
+    (folder / "robustness.json").write_text(json.dumps(sweep))
+    page = Page(write_report([folder, *evaluations], tmp_path / "r.html").read_text())
+    assert "Noise & more" in page.text
+    assert "Not measured for EDL." in page.text
+    alts = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
+    assert "Dice against mean (SD), SURE" in alts
+    with pytest.raises(UserError, match=r"rob: a sweep of .*, checkpoint final, of which no evaluation was given"):
+        write_report([folder, evaluations[0]], tmp_path / "no.html")
+    shutil.copytree(folder, tmp_path / "again")
+    with pytest.raises(UserError, match="again: a second sweep of"):
+        write_report([*evaluations, folder, tmp_path / "again"], tmp_path / "no.html")
+    with pytest.raises(UserError, match="expected at least one folder that sure evaluate wrote"):
+        write_report([folder], tmp_path / "no.html")
+
+
+def test_severity_curves_start_at_the_clean_image(evaluations):
+    stored = json.loads((evaluations[0] / "metrics.json").read_text())
+    entry = {"mean": 0.25, "ci": [0.2, None]}
+    sweep = {
+        "clean": {"summary": {"dice": {"mean": 0.5, "ci": [0.4, 0.6]}}},
+        "noise_response": {"contrast": {"levels": [1.0, 2.0]}},
+    }
+    run = report_page._Evaluation(evaluations[0], "EDL", stored, stored["summary"], sweep)
+    corruption = {"name": "contrast", "levels": [{"level": 2.0, "summary": {"dice": entry}}]}
+    curve = report_page._curve(run, corruption, "dice")
+    assert curve.levels == [1.0, 2.0]
+    np.testing.assert_array_equal(curve.mean, [0.5, 0.25])
+    np.testing.assert_array_equal(curve.high, [0.6, np.nan])
+    assert np.isnan(report_page._curve(run, corruption, "ece").mean).all()
+
+
+def test_every_metric_of_an_evaluation_is_explained(evaluations, written):
+    stored = json.loads((evaluations[0] / "metrics.json").read_text())
+    names = {key.partition("/")[0] for key in stored["summary"]}
+    assert names == set(glossary.METRICS)
+    html = written.read_text()
+    for metric in glossary.METRICS.values():
+        assert str(escape(metric.text)) in html
+
+
+def test_metrics_of_other_versions_are_shown(evaluations, tmp_path):
+    stored = json.loads((evaluations[0] / "metrics.json").read_text())
+    new = {"novelty": {"mean": 0.125, "std": 0.0, "n": 2, "ci": [0.1, 0.15]}}
+    folder = edited(tmp_path / "new", evaluations[0], summary=stored["summary"] | new)
+    assert row_of([folder], "novelty")["cells"][0]["mean"] == "0.1250"
 
 
 def test_planes_cut_the_centre_and_keep_proportions():
@@ -193,6 +317,10 @@ def test_plots_of_nothing():
     assert figures.png(figures.gradient_plots({"": nothing}))
     curve = Reliability(*(torch.full((10,), v) for v in (torch.nan, torch.nan, 0.0)))
     assert figures.png(figures.reliability({"": (curve, float("nan"))}))
+    assert figures.png(figures.risk_coverage({"A": ([], [], float("nan"))}))
+    profile = figures.Profile(["0", ">0"], [0.0, 0.9], np.full((2, 2), np.nan))
+    assert figures.png(figures.distance_plot({"A": profile}))
+    assert figures.png(figures.noise_plot({"A": profile}))
 
 
 def test_no_figure_is_left_to_pyplot():

@@ -15,10 +15,10 @@ from tiny_run import AFFINE, CLASSES, make_run
 
 from sure.corruptions import CORRUPTIONS, seed_of
 from sure.data import IGNORE, EvaluationCase
-from sure.evaluate import noise_response
+from sure.evaluate import noise_maps, noise_response
 from sure.inference import Inference, infer
 from sure.results import summarise
-from sure.scoring import BOUNDARY, CaseScorer, pooled
+from sure.scoring import BOUNDARY, REACH, CaseScorer, pooled, risk_coverage
 from sure_kernels.metrics import calibration_error_detection
 
 SHAPE = (9, 10, 8)
@@ -203,7 +203,7 @@ def test_noise_response_of_an_evaluation(run):
     case = case_of(blocks())
     scorer = CaseScorer(run, case)
     clean = infer(run, case.image[None]).uncertainty
-    values, undefined = noise_response(run, scorer, case, clean, 3)
+    values, undefined = noise_response(scorer, noise_maps(run, case, clean, 3))
     assert not undefined
     weak, strong = (
         infer(run, CORRUPTIONS["gaussian_mean"](case.image, m, seed_of(3, "a", "gaussian_mean"))[None]).uncertainty
@@ -222,6 +222,40 @@ def test_boundary_is_where_it_is_said(run):
     scorer = CaseScorer(run, case)
     gradient, uncertainty = scorer.score(case.image, said(blocks(1))).boundary
     assert len(gradient) == len(uncertainty) == int((scorer.distance <= BOUNDARY).sum())
+
+
+def test_risk_coverage_from_sorted_voxels(run):
+    torch.manual_seed(0)
+    cases = [case_of(blocks(shift)) for shift in (0, 2)]
+    results = [infer(run, case.image[None]) for case in cases]
+    scores = [CaseScorer(run, case).score(case.image, result) for case, result in zip(cases, results, strict=True)]
+    curve = risk_coverage([s.histograms for s in scores])
+    uncertainty = np.concatenate([r.uncertainty.numpy().ravel() for r in results])
+    wrong = np.concatenate([(r.label != c.label[0]).numpy().ravel() for r, c in zip(results, cases, strict=True)])
+    risk = np.cumsum(wrong[np.argsort(uncertainty)]) / np.arange(1, wrong.size + 1)
+    assert curve["coverage"][-1] == 1
+    assert 50 < len(curve["risk"]) <= 100
+    for coverage, value in zip(curve["coverage"], curve["risk"], strict=True):
+        assert value == pytest.approx(risk[round(coverage * wrong.size) - 1], abs=1e-12)
+    empty = [type(s.histograms)(*(t * 0 for t in s.histograms)) for s in scores]
+    assert risk_coverage(empty) == {"coverage": [], "risk": []}
+
+
+def test_profile_by_distance(run):
+    case = case_of(blocks())
+    case.label[:, :, 0] = IGNORE
+    scorer = CaseScorer(run, case)
+    maps = [torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    voxels, *sums = scorer.profile(maps)
+    distance = scorer.distance[0, 0].numpy()
+    valid = scorer.valid[0].numpy()
+    assert len(voxels) == REACH + 2
+    for k in range(REACH + 2):
+        inside = valid & (distance > k - 1) & ((distance <= k) | (k > REACH))
+        assert voxels[k] == inside.sum()
+        for m, total in zip(maps, sums, strict=True):
+            assert float(total[k]) == pytest.approx(m[0].double().numpy()[inside].sum())
+    assert voxels.sum() == valid.sum()
 
 
 def test_summary():
