@@ -1,11 +1,14 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all compile-check compile-check-full gpu-check lint format bench clean
+.PHONY: help venv demo test test-all test-lowest compile-check compile-check-full gpu-check lint format bench clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The lowest NumPy and SciPy have no wheels for newer Pythons.
+LOWEST_PYTHON ?= python3.11
+LOWEST := .venv-lowest
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,bench,bundle]"
 	touch $@
 
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		-e ".[train,test,bench,bundle]"
+	touch $@
+
 demo: venv ## phantoms -> EDL and SURE -> demo/report.html, on the CPU, in minutes
 	$(BIN)/sure demo --out demo
 
@@ -25,6 +34,9 @@ test: venv ## the test suite
 
 test-all: venv ## the test suite with the long cases
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-lowest: $(LOWEST)/.installed ## the test suite with the lowest versions pyproject.toml allows, in .venv-lowest
+	$(LOWEST)/bin/python -m pytest
 
 compile-check: venv ## compile every kernel for four GPU families, with every pair of its flags; fails on spills
 	$(BIN)/python -m sure_kernels.compile_check
@@ -49,4 +61,4 @@ bench: venv ## time the ops on this machine and make benchmarks/RESULTS.md: need
 	$(BIN)/python -m benchmarks plot
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LOWEST) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,6 +6,7 @@ import ast
 import itertools
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,8 @@ import pytest
 import tolerances
 import torch
 import torch.multiprocessing as mp
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import sure_kernels as sk
 from sure_kernels import functional, registry
@@ -117,6 +120,21 @@ def test_importing_needs_neither_triton_nor_the_training_extra():
         "sk.boundary_distance(torch.zeros(1, 4, 4, dtype=torch.long))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_lowest_versions_are_the_bounds_of_the_project():
+    """What `make test-lowest` installs is what pyproject.toml promises."""
+    root = PACKAGE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    promised = set()
+    for line in itertools.chain(project["dependencies"], *project["optional-dependencies"].values()):
+        requirement = Requirement(line)
+        promised |= {(requirement.name, Version(s.version)) for s in requirement.specifier if s.operator == ">="}
+    lines = (root / "constraints-lowest.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all([s.operator for s in pin.specifier] == ["=="] for pin in pins)
+    assert {(pin.name, Version(s.version)) for pin in pins for s in pin.specifier} == promised
+    assert len(pins) == len(promised)
 
 
 def test_backends_explain_themselves():
