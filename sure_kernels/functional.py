@@ -984,7 +984,7 @@ def check_soft(soft: SoftThresholds | None) -> None:
         return
     if not isinstance(soft, SoftThresholds):
         raise TypeError(f"soft: expected SoftThresholds, got {type(soft).__name__}")
-    for name, value in zip(soft._fields, soft, strict=True):
+    for name, value in zip(SoftThresholds._fields, soft, strict=True):
         if name.endswith("kernel"):
             if check.check_count(value, f"soft.{name}", maximum=WIDEST_WINDOW) % 2 == 0:
                 raise ValueError(f"soft.{name}: expected an odd number, got {value}")

@@ -212,7 +212,8 @@ def test_torchrun_trains_the_phantoms(phantoms, tmp_path):
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(run)]
+    # gloo of torch 2.8 says on stdout whom it is connected to.
+    assert [line for line in done.stdout.splitlines() if not line.startswith("[Gloo] ")] == [str(run)]
     assert read_checkpoint(checkpoint_path(run, "latest"))["epoch"] == 2
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert not list(run.rglob("*.tmp"))

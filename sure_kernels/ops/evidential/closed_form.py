@@ -86,7 +86,8 @@ class Weights(NamedTuple):
 class Constants(NamedTuple):
     """A formula's numbers: Python's own, or 0-d tensors where they must not be part of the compiled code.
 
-    `weight` is None where classes count alike.
+    `weight` is None where classes count alike. What follows from the priors stands here for the compiled code too: the
+    properties of `Formula` mean nothing to torch.compile before torch 2.9.
     """
 
     prior: Sequence[Number]
@@ -94,12 +95,22 @@ class Constants(NamedTuple):
     weight: Sequence[Number] | None
     prior_sum: Number
     lgamma_prior_sum: Number
+    below_one: bool
+    uniform: bool
 
 
 def constants_of(formula: Formula) -> Constants:
     total = sum(formula.prior)
     lgamma_prior = tuple(math.lgamma(b) for b in formula.prior)
-    return Constants(formula.prior, lgamma_prior, formula.class_weight or None, total, math.lgamma(total))
+    return Constants(
+        formula.prior,
+        lgamma_prior,
+        formula.class_weight or None,
+        total,
+        math.lgamma(total),
+        formula.below_one,
+        formula.uniform,
+    )
 
 
 class Piece(NamedTuple):
@@ -160,7 +171,7 @@ class _Voxels:
             # Replaced, not multiplied by 0: NaN logits in voxels that do not count must not reach the sums.
             counted = piece.valid > 0
             self.z = [torch.where(counted, z, 0.0) for z in piece.z]
-        self.is_y = [_where_equal(piece.label, k, piece.valid.dtype) for k in range(formula.k)]
+        self.is_y = [_where_equal(piece.label, k, piece.valid.dtype) for k in range(len(c.prior))]
         self.e = [evidence_of(z, formula.evidence) for z in self.z]
         self.a = [e + b for e, b in zip(self.e, c.prior, strict=True)]
         self.t = _without(self.e[0], self.is_y[0])
@@ -168,7 +179,7 @@ class _Voxels:
         for is_y, e in zip(self.is_y[1:], self.e[1:], strict=True):
             self.t += _without(e, is_y)
             own.addcmul_(is_y, e)
-        if formula.uniform:
+        if c.uniform:
             self.b_y: Number = c.prior[0]
         else:
             # A voxel without a class gets a prior too: it keeps terms that are not used finite.
@@ -182,16 +193,16 @@ class _Voxels:
         # The KL term's concentrations: t + B, or what the published program makes of them.
         self.kl_shift: Number = 1.0 - self.b_y if formula.official else 0.0
         self.s_kl = self.t + (c.prior_sum + self.kl_shift)
-        self.error_factor = float(formula.k) if formula.official else 1.0
+        self.error_factor = float(len(c.prior)) if formula.official else 1.0
 
     def squares(self) -> Tensor:
         """The sum of a^2 over the wrong classes."""
         terms = [_without(a.square(), is_y) for a, is_y in zip(self.a, self.is_y, strict=True)]
         return sum(terms[1:], terms[0])
 
-    def ace(self, formula: Formula) -> Tensor:
+    def ace(self, formula: Formula, c: Constants) -> Tensor:
         if formula.kind == "digamma":
-            return digamma_difference(self.a_y, self.gap, formula.below_one)
+            return digamma_difference(self.a_y, self.gap, c.below_one)
         if formula.kind == "log":
             return torch.log1p(self.gap / self.a_y)
         # q is 1 - p_y for the true class and p_k elsewhere; sum q = 2 gap / S. Nothing cancels in a certain voxel.
@@ -200,10 +211,9 @@ class _Voxels:
         return self.error_factor * q_square + (2 * q_y - q_square) / (self.s + 1)
 
     def kl(self, formula: Formula, c: Constants) -> Tensor:
-        below_one = formula.below_one
-        result = -kl_term(self.s_kl, c.prior_sum, below_one) - c.lgamma_prior_sum
+        result = -kl_term(self.s_kl, c.prior_sum, c.below_one) - c.lgamma_prior_sum
         for a, is_y, b, lgamma_b in zip(self.a, self.is_y, c.prior, c.lgamma_prior, strict=True):
-            term = kl_term(a, b, below_one)
+            term = kl_term(a, b, c.below_one)
             result += _without(term if _is_zero(lgamma_b) else term + lgamma_b, is_y)
         if formula.official:
             # (1 - b_y) psi(1) - lgamma(1) + lgamma(b_y), and what is linear in 1 - b_y.
@@ -228,7 +238,7 @@ def sums_of(piece: Piece, supervised: Supervised | None, formula: Formula, c: Co
     columns = [
         _total(v.valid),
         _total(v.weight),
-        _total(v.ace(formula), v.weight),
+        _total(v.ace(formula, c), v.weight),
         _total(v.kl(formula, c), v.weight),
     ]
     inverse = v.inverse * v.valid
@@ -267,7 +277,7 @@ def gradient_of(
     c: Constants,
 ) -> list[Tensor]:
     """dL/dz of each class of a piece, from one image's row of coefficients and its means."""
-    k, below_one = formula.k, formula.below_one
+    k, below_one = len(c.prior), c.below_one
     v = _Voxels(piece, formula, c)
     row = coefficients.unbind()
     c_tp, c_p = row[2 : 2 + k], row[2 + k : 2 + 2 * k]

@@ -46,23 +46,33 @@ def _table(formula: Formula) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
-def _constants(table: Tensor, shape: Formula) -> Constants:
-    """The constants of `_table`; those of a unit prior are known."""
-    k = shape.k
-    weight = table[2 * k : 3 * k].unbind() if shape.class_weight else None
-    if shape.prior == (1.0,) * k:
-        return constants_of(shape)._replace(weight=weight)
-    return Constants(table[:k].unbind(), table[k : 2 * k].unbind(), weight, table[3 * k], table[3 * k + 1])
+def _constants(table: Tensor, of: Constants) -> Constants:
+    """The constants of `_table`, of a shape whose own are `of`; those of a unit prior are known."""
+    k = len(of.prior)
+    weight = None if of.weight is None else table[2 * k : 3 * k].unbind()
+    if of.prior == (1.0,) * k:
+        prior, lgamma_prior, prior_sum, lgamma_prior_sum = of.prior, of.lgamma_prior, of.prior_sum, of.lgamma_prior_sum
+    else:
+        prior, lgamma_prior = table[:k].unbind(), table[k : 2 * k].unbind()
+        prior_sum, lgamma_prior_sum = table[3 * k], table[3 * k + 1]
+    return Constants(prior, lgamma_prior, weight, prior_sum, lgamma_prior_sum, of.below_one, of.uniform)
 
 
-def _pieces(z: list[Tensor], codes: Tensor, magnitude: Tensor | None, k: int) -> tuple[Piece, Supervised | None]:
+def _pieces(
+    z: list[Tensor], codes: Tensor, magnitude: Tensor | None, bits: int, ignored: int
+) -> tuple[Piece, Supervised | None]:
     """Blocks, flat, as the formulas take them. 32-bit labels: bytes would take Inductor four times as long."""
-    code = code_for(k, magnitude is not None)
     numbers = codes.flatten().to(torch.int32)
-    label = numbers & code.ignored
-    valid = (label != code.ignored).to(torch.float32)
+    label = numbers & ignored
+    valid = (label != ignored).to(torch.float32)
     piece = Piece([x.flatten().float() for x in z], label, valid, all_count=False)
-    return piece, None if magnitude is None else Supervised(magnitude.flatten(), numbers >> code.bits)
+    return piece, None if magnitude is None else Supervised(magnitude.flatten(), numbers >> bits)
+
+
+def _known(shape: Formula, supervised: bool) -> tuple[Constants, int, int]:
+    """What a kernel need not compute: the shape's own constants, and its code's bits and `ignored`."""
+    code = code_for(shape.k, supervised)
+    return constants_of(shape), code.bits, code.ignored
 
 
 def _example(shape: Formula, dtype: torch.dtype, supervised: bool) -> list:
@@ -83,18 +93,22 @@ def _name(shape: Formula, dtype: torch.dtype, supervised: bool, sweep: str) -> s
 
 @functools.cache
 def _sums_kernel(shape: Formula, dtype: torch.dtype, supervised: bool) -> Kernel:
+    own, bits, ignored = _known(shape, supervised)
+
     def run(z, codes, magnitude, table):
-        piece, g = _pieces(z, codes, magnitude, shape.k)
-        return sums_of(piece, g, shape, _constants(table, shape))
+        piece, g = _pieces(z, codes, magnitude, bits, ignored)
+        return sums_of(piece, g, shape, _constants(table, own))
 
     return Kernel(_name(shape, dtype, supervised, "forward"), run, lambda: _example(shape, dtype, supervised))
 
 
 @functools.cache
 def _gradient_kernel(shape: Formula, dtype: torch.dtype, supervised: bool) -> Kernel:
+    own, bits, ignored = _known(shape, supervised)
+
     def run(z, codes, magnitude, table, coefficients, means, out):
-        piece, g = _pieces(z, codes, magnitude, shape.k)
-        slopes = gradient_of(piece, g, coefficients, means, shape, _constants(table, shape))
+        piece, g = _pieces(z, codes, magnitude, bits, ignored)
+        slopes = gradient_of(piece, g, coefficients, means, shape, _constants(table, own))
         for to, dz in zip(out, slopes, strict=True):
             to.copy_(dz.view_as(to))
 

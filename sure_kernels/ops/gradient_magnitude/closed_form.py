@@ -80,7 +80,7 @@ def adjoint_of(slopes: Sequence[Tensor], filters: Filters) -> Tensor:
     first, *rest = reversed(slopes)
     before, _, after = _around(first, filters.steps[0])
     result = before - after
-    for step_before, step in zip(filters.steps, filters.steps[1:], strict=False):
+    for step_before, step in zip(filters.steps[:-1], filters.steps[1:], strict=True):
         rest = [_smoothed(x, step_before, filters.centre) for x in rest]
         before, _, after = _around(rest.pop(0), step)
         result = _smoothed(result, step, filters.centre) + (before - after)
