@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pkgutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -63,7 +64,7 @@ def flags_on(cases: KernelCases, target: str, full: bool) -> dict[str, tuple[Any
     flags = cases.flags | cases.launch_flags(amd=TARGETS[target].backend == "hip")
     if "K" in flags and not (full and main):
         wanted = CLASSES if full or main else OTHER_CLASSES
-        flags["K"] = tuple(k for k in wanted if k in flags["K"])
+        flags["K"] = tuple(k for k in flags["K"] if k in wanted or k > max(CLASSES))
     return flags
 
 
@@ -86,7 +87,16 @@ def jobs(modules: Sequence[str], targets: Sequence[str], full: bool) -> list[Job
 _known: dict[str, Outcome] = {}
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(known: dict[str, Outcome]) -> None:
+    # A parent that is killed cannot end its workers.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.pop("TRITON_INTERPRET", None)
     _known.update(known)
 

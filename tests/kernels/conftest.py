@@ -4,7 +4,7 @@
 - Without one: in Triton's interpreter, on the CPU. TRITON_INTERPRET=1 must be set before triton is imported, which any
   other test may have done; so `tests/test_kernels_interpreted.py` runs this folder in one process of its own.
   By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels
-- Offline compilation (`test_compile_check.py`) runs everywhere but in the interpreter's process.
+- Offline compilation (`test_compile_check.py`, `test_launches.py`) runs everywhere but in the interpreter's process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 if INTERPRETED:
-    collect_ignore_glob = ["test_compile_check.py"]
+    collect_ignore_glob = ["test_compile_check.py", "test_launches.py"]
 elif not HAS_GPU:
     collect_ignore_glob = ["test_*_kernel.py"]
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -145,6 +149,24 @@ def test_kept_outcomes_survive_a_kill(tmp_path):
         file.write("\n" + line[: len(line) // 2])
     kept.append(path, "d", outcomes["a"])
     assert kept.read(path) == outcomes | {"d": outcomes["a"]}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path):
+    cache = tmp_path / "kept.jsonl"
+    command = [sys.executable, "-m", "sure_kernels.compile_check", "--module", "sure_kernels.ops.ranking.kernel"]
+    run = subprocess.Popen([*command, "--processes", "1", "--cache", str(cache)], stdout=subprocess.PIPE)
+    while len(kept.read(cache)) < 2:
+        assert run.poll() is None
+        time.sleep(0.2)
+    run.kill()
+    # The end of its output, which its workers hold as well: they are gone.
+    run.communicate(timeout=60)
+    before = len(kept.read(cache))
+    result = subprocess.run([*command, "--cache", str(cache)], capture_output=True, text=True, check=True)
+    done, total, known = map(int, re.findall(r"\d+", result.stderr.splitlines()[-1])[:3])
+    assert done == total
+    assert before <= known < total
 
 
 def test_a_key_tells_compilations_apart():

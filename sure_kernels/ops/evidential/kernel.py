@@ -1046,6 +1046,7 @@ def compile_cases() -> list[KernelCases]:
         "prior": ("unit", "above_one", "below_one"),
         "mask": (False, True),
         "dtype": ("float32", "bfloat16", "float16"),
+        "image": ("float32", "bfloat16", "float16"),
         "labels": ("u8", "i8", "i16", "i32", "i64"),
         "contiguous": (True, False),
     }
@@ -1064,7 +1065,7 @@ def compile_cases() -> list[KernelCases]:
         pointer = pointer_type(f["dtype"])
         types = {name: "*fp32" for name in kernel.arg_names if name.startswith("p_")}
         types |= {"p_z": pointer, "p_dz": pointer, "p_label": f"*{f['labels']}", "p_mask": "*u8", "p_band": "*u8"}
-        types |= {"p_partial": "*fp64"}
+        types |= {"p_partial": "*fp64", "p_image": pointer_type(f["image"])}
         types |= {name: "int" for name in kernel.arg_names if name.startswith("s_")}
         types |= dict.fromkeys(("K", "plane", "depth", "march", "channels", "D", "H", "W"), "i32")
         types |= dict.fromkeys(("voxels", "ignore_index"), "int")
@@ -1127,9 +1128,9 @@ def compile_cases() -> list[KernelCases]:
 
 
 def finalise_flags() -> dict[str, tuple[Any, ...]]:
-    """Flags of the kernels that finalise."""
+    """Flags of the kernels that finalise, for which 64 and 150 classes stand for all beyond the sweeps'."""
     return {
-        "K": tuple(range(2, MOST_UNROLLED + 1)),
+        "K": (*range(2, MOST_UNROLLED + 1), 64, 150),
         **dict.fromkeys(("adaptive", "background", "weighted"), (False, True)),
     }
 
