@@ -50,7 +50,7 @@ def plane_position(start, W, BLOCK: tl.constexpr):
 def neighbour(i, N, PADDING: tl.constexpr):
     """The index that stands for i in [-1, N] on an axis of length N."""
     if PADDING == "reflect" or PADDING == "extrapolate":
-        i = tl.minimum(tl.abs(i), 2 * (N - 1) - tl.abs(i))
+        i = tl.minimum(tl.abs(i), (N - 1) + (N - 1 - tl.abs(i)))
     return tl.minimum(tl.maximum(i, 0), N - 1)
 
 
