@@ -107,12 +107,12 @@ step doctor 60 "$PYTHON" -m sure_kernels
 right=1
 kernel_tests 170 || right=0
 # One after the other: they take the memory of a large GPU.
-step large 80 "$PYTHON" -m pytest tests/kernels -p no:cacheprovider -rsP -k "gpu_kernel or offsets_past" \
-    --ignore=tests/kernels/test_compile_check.py || right=0
+step large 80 "$PYTHON" -m pytest tests/kernels/test_*_kernel.py -p no:cacheprovider -rsP \
+    -k "gpu_kernel or offsets_past" || right=0
 if command -v compute-sanitizer >/dev/null; then
     # Caching would hide accesses outside an allocation that lie inside torch's pool.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 50 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        "$PYTHON" -m pytest tests/kernels -p no:cacheprovider -x --ignore=tests/kernels/test_compile_check.py \
+        "$PYTHON" -m pytest tests/kernels/test_*_kernel.py -p no:cacheprovider -x \
         -k "(shapes or layouts or classes) and not full_graph and not gpu_kernel"
 else
     echo "== memcheck: not run, compute-sanitizer is not installed" | tee -a "$summary"

@@ -20,6 +20,7 @@ from packaging.version import Version
 import sure_kernels as sk
 from sure_kernels import functional, registry
 from sure_kernels.backends import BACKENDS
+from sure_kernels.kernel_lib.labels import pack_labels
 
 PACKAGE = Path(sk.__file__).parent
 
@@ -225,6 +226,32 @@ def test_autocast_changes_nothing(op):
     with torch.autocast("cpu", torch.bfloat16):
         got = op.function(leaf, *args[1:], **kwargs)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("k", [4, 40])
+@pytest.mark.parametrize("banded", [False, True])
+def test_packed_labels_are_a_sound_custom_op(k, banded):
+    g = torch.Generator().manual_seed(0)
+    target = torch.randint(-1, k, (2, 5, 7), generator=g)
+    mask = torch.rand((2, 5, 7), generator=g) < 0.5
+    band = torch.randint(0, 4, (2, 5, 7), generator=g, dtype=torch.uint8) if banded else None
+    torch.library.opcheck(pack_labels, (target, mask, band, k, -1))
+
+
+def test_every_custom_op_is_checked():
+    """By torch.library.opcheck, somewhere in the tests."""
+    defined, checked = set(), set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("custom_op" in ast.dump(d) for d in node.decorator_list):
+                defined.add(node.name)
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "opcheck":
+                first = node.args[0]
+                checked.add(first.attr if isinstance(first, ast.Attribute) else getattr(first, "id", ""))
+    assert len(defined) > 15
+    assert defined <= checked
 
 
 def test_inputs_are_not_written_to():

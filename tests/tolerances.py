@@ -8,6 +8,8 @@ GOLDEN_OFFICIAL = 5e-6
 GOLDEN_FLOAT32 = 2e-5
 # Gradients of published programs, as a share of the largest entry: they were stored in float32.
 GOLDEN_GRADIENT = 1e-5
+# Published image filters, as a share of the largest entry: they ran in float32.
+GOLDEN_FILTERED = 1e-5
 
 # float64 closed form against float64 autograd: rounding of two different orders of summation.
 FLOAT64_VALUE = 1e-11

@@ -2,14 +2,16 @@
 
 - With a GPU: compiled, on device "cuda", as part of any run.
 - Without one: in Triton's interpreter, on the CPU. TRITON_INTERPRET=1 must be set before triton is imported, which any
-  other test may have done; so `tests/test_kernels_interpreted.py` runs this folder in one process of its own.
+  other test may have done; so `tests/test_kernels_interpreted.py` runs this folder in processes of its own.
   By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels
 - Offline compilation (`test_compile_check.py`, `test_launches.py`) runs everywhere but in the interpreter's process.
+- `test_gpu_kernel.py` needs a GPU for its full sizes; the interpreter runs the same code at tiny ones.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ HAS_GPU = torch.cuda.is_available()
 if INTERPRETED:
     collect_ignore_glob = ["test_compile_check.py", "test_launches.py"]
 elif not HAS_GPU:
-    collect_ignore_glob = ["test_*_kernel.py"]
+    # But for the tests that only a GPU can run in full: skipped by name, so that nobody takes them for run.
+    collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*_kernel.py") if p.name != "test_gpu_kernel.py"]
 
 
 @pytest.fixture
@@ -36,18 +39,39 @@ def triton_backend():
         yield
 
 
+# Elements before and after what torch.empty returns where `poisoned_memory` watches.
+GUARD = 64
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Fill what torch.empty and its kin return with NaN (255 in integers): a kernel must write all of its outputs."""
+    """Fill what torch.empty and its kin return, and what lies around it, with NaN (the largest number in integers).
 
-    def poison(x: torch.Tensor) -> torch.Tensor:
-        if x.is_floating_point():
-            return x.fill_(float("nan"))
-        return x.fill_(255 if x.dtype == torch.uint8 else torch.iinfo(x.dtype).max)
+    A kernel must write all of its outputs, and nothing beside them: that is looked at when the test is over.
+    """
+    watched: list[tuple[torch.Tensor, int]] = []
+
+    def filling(dtype: torch.dtype) -> float | int:
+        return float("nan") if dtype.is_floating_point else dtype == torch.bool or torch.iinfo(dtype).max
 
     def poisoned(function):
-        return lambda *args, **kwargs: poison(function(*args, **kwargs))
+        def guarded(*args, **kwargs):
+            x = function(*args, **kwargs)
+            if type(x) is not torch.Tensor or x.is_meta:
+                return x
+            # Of dense tensors of any memory format: storage and elements are equally many.
+            around = empty(x.numel() + 2 * GUARD, dtype=x.dtype, device=x.device).fill_(filling(x.dtype))
+            watched.append((around, x.numel()))
+            return x.set_(around.untyped_storage(), GUARD, x.shape, x.stride())
 
+        return guarded
+
+    empty = torch.empty
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    yield
+    for around, size in watched:
+        for guard in (around[:GUARD], around[GUARD + size :]):
+            expected = torch.full_like(guard, filling(guard.dtype))
+            assert torch.equal(guard.view(torch.uint8), expected.view(torch.uint8)), "written beside an output"

@@ -12,6 +12,9 @@ import sure_kernels as sk
 from sure_kernels.kernel_lib.labels import BOUNDARY, FAR
 
 IGNORED = -100
+INTEGERS = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def case(shape: tuple[int, ...], device: str, *, scale: float = 3.0, ignored: float = 0.1, seed: int = 0):

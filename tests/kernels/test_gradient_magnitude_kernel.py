@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
+from golden_cases import image_gradients
 from kernel_cases import HALF_TOLERANCE, LAYOUTS, UPSTREAM, far_apart, laid_out, largest_error, with_gradient
-from tolerances import FLOAT32_GRADIENT, FLOAT32_VALUE
+from tolerances import FLOAT32_GRADIENT, FLOAT32_VALUE, GOLDEN_FILTERED
 
 import sure_kernels as sk
 from sure_kernels.kernel_lib.launch import march_length
@@ -66,6 +67,12 @@ class TestValues:
     def test_channels(self, reduction, shape, device):
         compare(image(shape, device), channel_reduction=reduction)
 
+    def test_equal_channels(self, device):
+        """The first of the largest takes the whole gradient."""
+        x = image((1, 1, 4, 5), device).repeat(1, 3, 1, 1)
+        _, gradient = compare(x, channel_reduction="max")
+        assert int(gradient[:, 1:].count_nonzero()) == 0
+
     def test_more_than_one_program(self, device):
         """A plane of several blocks, and a march of several pieces."""
         assert kernel.BLOCK_ONE_CHANNEL < 17 * 19
@@ -112,6 +119,12 @@ class TestValues:
             saved: list[torch.Tensor] = []
             sk.gradient_magnitude(x)
         assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+
+
+def test_published_image_gradients(golden, device):
+    for x, expected, factor, options in image_gradients(golden("08_image_gradient")):
+        got = factor * sk.gradient_magnitude(x.float().to(device), **options)
+        assert largest_error(got, expected) < GOLDEN_FILTERED
 
 
 def test_offsets_past_two_to_the_31(device):

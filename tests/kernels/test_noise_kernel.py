@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from kernel_cases import HALF_TOLERANCE, LAYOUTS, laid_out, largest_error
+from kernel_cases import HALF_TOLERANCE, LAYOUTS, laid_out, largest_error, reserved
 from tolerances import FLOAT32_GRADIENT, FLOAT32_VALUE
 
 import sure_kernels as sk
@@ -25,6 +23,10 @@ WEIGHTS = (2.0, 0.0, 0.5)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
+    several_blocks(monkeypatch)
+
+
+def several_blocks(monkeypatch):
     """Several blocks an image, several steps a program, the last of them partly outside."""
     monkeypatch.setattr(kernel, "block_size", lambda maps: 16)
     monkeypatch.setattr(kernel, "_ENOUGH_PROGRAMS", 2)
@@ -121,35 +123,6 @@ class TestValues:
             assert torch.equal(first[1], second[1])
             assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
 
-    @settings(
-        max_examples=8,
-        phases=(Phase.explicit, Phase.generate),
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-    )
-    @given(
-        shape=st.one_of(
-            st.tuples(st.integers(1, 3), st.just(1), *(st.integers(1, 6),) * 2),
-            st.tuples(st.integers(1, 3), st.just(1), *(st.integers(1, 4),) * 3),
-        ),
-        levels=st.integers(1, 4),
-        masked=st.booleans(),
-        pointwise=st.booleans(),
-        near=st.sampled_from([0.0, 3.0, 100.0]),
-        official=st.booleans(),
-        seed=st.integers(0, 1000),
-    )
-    def test_anything(self, device, shape, levels, masked, pointwise, near, official, seed):
-        maps, m, distance, mask, points = case(shape, device, levels, seed)
-        compare(
-            maps,
-            m,
-            distance,
-            near=near,
-            mask=mask if masked else None,
-            points=points if pointwise else None,
-            compat="official" if official else None,
-        )
-
 
 def test_a_clean_map_without_gradient(device):
     maps, m, distance, mask, _ = case(SHAPES[2], device)
@@ -172,6 +145,42 @@ def test_blocks_do_not_matter(device, monkeypatch):
         torch.testing.assert_close(terms, results[0][1], rtol=FLOAT32_VALUE, atol=0)
         for a, b in zip(gradients, results[0][2], strict=True):
             assert largest_error(a, b) <= FLOAT32_GRADIENT
+
+
+def test_offsets_past_two_to_the_31(device):
+    """The second image begins past it: one block of each image, against the same blocks side by side."""
+    block, maps = 32, 3
+    g = torch.Generator().manual_seed(0)
+    u = torch.rand((maps, 2, block), generator=g).to(device, torch.bfloat16)
+    d = 8 * torch.rand((2, block), generator=g).to(device)
+    mask = (torch.rand((2, block), generator=g) < 0.8).to(device, torch.uint8)
+    levels = torch.rand((maps, 2), generator=g).to(device)
+    coefficients = torch.rand(number_of_rows(maps), generator=g).to(device)
+    options = {"MAPS": maps, "RISING": True, "FAR": True, "HAS_MASK": True, "BLOCK": block, "num_warps": 1}
+
+    def results(voxels):
+        """Images `voxels` apart; the maps share storage, a block beside the other."""
+
+        def apart(rows):
+            storage = reserved(voxels + rows.shape[0] * 2 * block, rows.dtype, device)
+            views = [storage[2 * block * i :] for i in range(len(rows))]
+            for view, row in zip(views, rows, strict=True):
+                view[:block], view[voxels : voxels + block] = row
+            return tuple(views)
+
+        inputs = (apart(u), levels, *apart(d[None]), *apart(mask[None]))
+        partial = torch.full((2 * number_of_rows(maps), 2), math.nan, dtype=torch.float64, device=device)
+        kernel.sums_kernel[(1, 2)](*inputs, partial, voxels, 1, 4.0, **options)
+        grads = apart(torch.full_like(u, math.nan))
+        up = torch.ones((), device=device)
+        kernel.gradient_kernel[(1, 2)](
+            *inputs, coefficients, up, grads, voxels, 4.0, CLEAN=1, CLEAN_RISES=True, **options
+        )
+        return partial, torch.stack([torch.stack((x[:block], x[voxels : voxels + block])) for x in grads])
+
+    for far, near in zip(results(2**31 + 2 * maps * block), results(2 * maps * block), strict=True):
+        assert bool(torch.isfinite(near).all())
+        assert torch.equal(far, near)
 
 
 def test_custom_ops_are_well_formed(device):

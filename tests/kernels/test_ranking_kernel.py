@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from kernel_cases import UPSTREAM, laid_out, largest_error, with_gradient
+from kernel_cases import UPSTREAM, laid_out, largest_error, reserved, with_gradient
 from tolerances import FLOAT32_GRADIENT, FLOAT32_VALUE
 
 import sure_kernels as sk
@@ -20,13 +18,17 @@ pytestmark = pytest.mark.usefixtures("triton_backend")
 @pytest.fixture(params=["direct", "levels"])
 def way(request, monkeypatch):
     """Both ways for few points: tiles of 8 leave several levels above them."""
-    if request.param == "levels":
+    small_tiles(monkeypatch, request.param)
+    return request.param
+
+
+def small_tiles(monkeypatch, way):
+    if way == "levels":
         monkeypatch.setattr(kernel, "MOST_DIRECT", 0)
     monkeypatch.setattr(kernel, "TILE", 8)
     monkeypatch.setattr(kernel, "ROWS", 4)
     monkeypatch.setattr(kernel, "COLUMNS", 4)
     monkeypatch.setattr(kernel, "CHUNK", 4)
-    return request.param
 
 
 def points(shape, device, seed=0, levels=16):
@@ -63,21 +65,6 @@ class TestValues:
     def test_sizes(self, n, relation, device):
         values, scores, _, _ = points((1, n), device)
         compare(values, scores, relation=relation)
-
-    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(
-        rows=st.integers(1, 3),
-        n=st.integers(1, 40),
-        levels=st.sampled_from([3, 16, 10_000]),
-        masked=st.booleans(),
-        grouped=st.booleans(),
-        relation=st.sampled_from(RELATIONS),
-        seed=st.integers(0, 2**20),
-    )
-    def test_ragged_sets(self, rows, n, levels, masked, grouped, relation, seed, device):
-        values, scores, mask, groups = points((rows, n), device, seed, levels)
-        options = {"mask": mask if masked else None, "groups": groups if grouped else None}
-        compare(values, scores, relation=relation, **options)
 
     def test_counts(self, device):
         values, scores, mask, groups = points((3, 50), device)
@@ -155,6 +142,53 @@ def test_sizes_of_the_table(device):
             got = kernel.violating_pairs(sets)
         assert torch.equal(got.number, expected.number)
         torch.testing.assert_close(got.difference, expected.difference, rtol=0, atol=1e-9)
+
+
+class Far:
+    """A kernel whose points, or blocks, lie behind 2^31 others that are nowhere touched."""
+
+    OFFSET = 2**31 + 8
+
+    def __init__(self, launched, moved: str, indices: str):
+        self.launched, self.moved, self.indices = launched, moved.split(), indices.split()
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            given, outputs = [], []
+            for name, x in zip(self.launched.arg_names, args, strict=False):
+                if name in self.indices:
+                    x = x + self.OFFSET
+                if name in self.moved:
+                    storage = reserved(self.OFFSET + len(x), x.dtype, x.device)
+                    storage[self.OFFSET :] = x
+                    outputs.append((x, storage))
+                    x = storage
+                given.append(x)
+            self.launched[grid](*given, **options)
+            for x, storage in outputs:
+                x.copy_(storage[self.OFFSET :])
+
+        return launch
+
+
+def test_offsets_past_two_to_the_31(way, device, monkeypatch):
+    values, scores, mask, _ = points((2, 40), device)
+    sets = closed_form.sets_of(values, scores, mask, None, "decreasing")
+    expected = kernel.violating_pairs(sets)
+    state = "p_rank p_score p_difference p_count p_place"
+    pairs = "p_key p_score p_value p_difference p_count p_place p_out"
+    for name, moved, indices in (
+        ("pairs_kernel", pairs, "p_blocks p_place" if way == "levels" else "p_blocks"),
+        ("reduce_kernel", "p_total p_number", "p_bounds"),
+        ("split_sums_kernel", state, "p_blocks"),
+        ("split_scan_kernel", "", "p_blocks"),
+        ("split_kernel", f"{state} p_rank_out p_score_out p_difference_out p_count_out p_place_out", "p_blocks"),
+    ):
+        monkeypatch.setattr(kernel, name, Far(getattr(kernel, name), moved, indices))
+    got = kernel.violating_pairs(sets)
+    assert bool(expected.number.all())
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_custom_op_is_well_formed(device):

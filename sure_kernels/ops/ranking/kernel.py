@@ -88,7 +88,7 @@ def pairs_kernel(
     count = tl.zeros([ROWS], tl.int32)
     total = tl.zeros([ROWS], tl.float64)
     for column in range(begin, stop, COLUMNS):
-        o_column = column + tl.arange(0, COLUMNS)  # [COLUMNS]
+        o_column = tl.cast(column, tl.int64) + tl.arange(0, COLUMNS)  # [COLUMNS]
         m_column = o_column < stop
         if TILED:
             # Rank and position: they know the ties.
@@ -129,7 +129,7 @@ def reduce_kernel(p_total, p_number, p_bounds, p_set_total, p_set_number, CHUNK:
     total = tl.zeros([CHUNK], tl.float64)
     number = tl.zeros([CHUNK], tl.int64)
     for start in range(tl.load(p_bounds + i_set), end, CHUNK):
-        o = start + tl.arange(0, CHUNK)  # [CHUNK]
+        o = tl.cast(start, tl.int64) + tl.arange(0, CHUNK)  # [CHUNK]
         total += tl.load(p_total + o, mask=o < end, other=0.0)
         number += tl.load(p_number + o, mask=o < end, other=0)
     tl.store(p_set_total + i_set, tl.sum(total))
