@@ -33,7 +33,7 @@ from sure.checkpoint import Run, load_run, weights_digest
 from sure.data import IGNORE, discover, load_case, patient_of
 from sure.errors import UserError
 from sure.evaluate import check_cases, choose_cases
-from sure.files import read_json, write_text
+from sure.files import check_writable, read_json, write_text
 from sure.inference import Inference, infer
 from sure.results import describe_run, environment, json_text, plain
 
@@ -80,13 +80,14 @@ def calibrate(
     out = run_path / "calibration.json" if out is None else out
     if out.is_dir():
         raise UserError(f"{out}: expected a file name, found a folder")
+    check_writable(out)
     if out.exists() and not _is_calibration(_read(out)):
         raise UserError(f"{out}: is something else than an earlier calibration; choose another file")
     run = load_run(run_path, checkpoint=checkpoint, device=device)
     dataset = discover(data_root)
     chosen, cases_from = choose_cases(run, dataset, "held-out")
     patients = [patient_of(case) for case in chosen]
-    least, found = math.ceil(round(1 / alpha, 9)) - 1, len(set(patients))
+    least, found = math.ceil(round(min(1 / alpha, 1e9), 9)) - 1, len(set(patients))
     if found < least:
         raise UserError(
             f"alpha: {alpha:g} takes cases of at least {least} patients, {dataset.root} has {found} for calibration; "
@@ -227,7 +228,11 @@ def load_calibration(path: Path, run: Run, scope: Scope = "overall") -> Abstenti
         rows = [values["overall"]] * run.num_classes
         if scope == "class":
             rows = [values["classes"][name] for name in run.class_names]
-        thresholds = tuple(0.0 if row["threshold"] is None else float(row["threshold"]) for row in rows)
+        given = [0 if row["threshold"] is None else row["threshold"] for row in rows]
+        wrong = [v for v in given if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= 1]
+        if wrong:
+            raise ValueError(f"expected thresholds from 0 to 1 or null, found {wrong[0]!r}")
+        thresholds = tuple(map(float, given))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a calibration of this run: {type(error).__name__}: {error}") from error
     if weights != weights_digest(run.model):

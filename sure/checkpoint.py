@@ -64,7 +64,13 @@ def save_checkpoint(run: Path, name: str, state: dict[str, Any]) -> None:
     path = checkpoint_path(run, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a write that fails
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -117,6 +123,8 @@ def read_experiment(run: Path) -> Experiment:
         if len(values["class_names"]) != values["num_classes"]:
             found = len(values["class_names"])
             raise ValueError(f"class_names: expected {values['num_classes']}, one a class, found {found}")
+        if len(set(values["class_names"])) < values["num_classes"]:
+            raise ValueError(f"class_names: expected different names, found {', '.join(values['class_names'])[:80]}")
         return Experiment(**values)
     except FileNotFoundError as error:
         raise UserError(f"{run}: not a run folder: it has no run.json") from error
@@ -140,8 +148,8 @@ def load_run(run: Path, *, checkpoint: str = "final", device: str | torch.device
     state = read_checkpoint(path, device)
     try:
         model = build_model(config, experiment.in_channels, experiment.num_classes)
-    except (RuntimeError, ValueError, TypeError) as error:  # MONAI's; torch's, where it would not fit in memory
-        raise UserError(f"{run / 'config.yaml'}: no such network can be built: {str(error)[:200]}") from error
+    except UserError as error:
+        raise UserError(f"{run / 'config.yaml'}: {error}") from error
     load_weights(model, state["model"], path)
     epoch = state.get("epoch")
     if not isinstance(epoch, int):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -343,8 +347,12 @@ def report(
 
     from jinja2 import UndefinedError
 
+    from sure.files import check_writable
     from sure.report import write_report
 
+    if out.is_file() and not out.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise UserError(f"{out}: is something else than an earlier page; choose another file")
+    check_writable(out)
     # What a damaged or edited evaluation may lead to, wherever it is read.
     damage = (LookupError, TypeError, AttributeError, ValueError, EOFError, RecursionError, UndefinedError, BadZipFile)
     try:
@@ -378,6 +386,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are no UTF-8 are printed as they are
     try:
         return int(_dispatch(args) or 0)
     except UserError as error:
@@ -388,6 +398,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone: nothing is left to say, nor a place to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (MemoryError, RuntimeError) as error:
+        told = str(error)
+        if not isinstance(error, MemoryError) and "out of memory" not in told and "can't allocate memory" not in told:
+            raise
+        print(f"sure: out of memory: {' '.join(told.split())[:200]}", file=sys.stderr)
+        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"sure: {where}{error.strerror or error}", file=sys.stderr)
@@ -409,7 +425,32 @@ def _dispatch(args: list[str]) -> Any:
         raise SharedError(f"`sure {name}` runs in one process, found WORLD_SIZE={os.environ['WORLD_SIZE']} (torchrun?)")
     with_settings = {"train": _train_command, "compare": _compare_command}
     command = with_settings[name](_settings(rest)) if name in with_settings else COMMANDS[name]
-    return tyro.cli(command, prog=f"sure {name}", args=rest)
+    return _parsed(command, name, rest)()
+
+
+def _parsed(command: Callable[..., Any], name: str, args: list[str]) -> Callable[[], Any]:
+    """`command` with the arguments that `args` give. Raises UserError, not tyro's box, where they do not fit."""
+
+    @functools.wraps(command)
+    def bound(*positional: Any, **flags: Any) -> Callable[[], Any]:
+        return functools.partial(command, *positional, **flags)
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(bound, prog=f"sure {name}", args=args)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # A title, a rule, what is wrong, a rule, help.
+        lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f") for line in said.getvalue().splitlines()]
+        body = itertools.dropwhile(_is_rule, lines[1:])
+        what = " ".join(" ".join(itertools.takewhile(lambda line: not _is_rule(line), body)).split())
+        raise UserError(f"{what}; `sure {name} --help` lists the arguments") from None
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("-\u2500")
 
 
 def _several() -> bool:

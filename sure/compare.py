@@ -19,7 +19,7 @@ from sure.checkpoint import checkpoint_path, read_experiment
 from sure.config import TrainConfig, changes, load_config, load_preset, presets, to_dict
 from sure.errors import UserError
 from sure.evaluate import evaluate
-from sure.files import atomic, read_json, write_text
+from sure.files import atomic, check_writable, read_json, write_text
 from sure.report import figures
 from sure.results import csv_table, environment, interval, json_text, plain
 from sure.robustness import robustness
@@ -31,6 +31,8 @@ PROTOCOL = ("dice", "hd95", "ece", "ueo", "ucc_g", "ur_g", "ucc_d", "ur_d")
 """Metrics at the head of every table; the others follow."""
 SWEEPS = ("gaussian_mean",)
 """The published noise sweep."""
+
+OUTPUTS = ("runs", "evaluations", "robustness", "comparison")
 
 Table = dict[str, dict[str, dict[str, float | None]]]
 """Condition, metric, case."""
@@ -73,8 +75,13 @@ def compare(
     wanted = tuple(range(base.folds)) if folds is None else tuple(folds)
     if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(base.folds)):
         raise UserError(f"folds: expected different numbers from 0 to {base.folds - 1}, got {list(wanted)}")
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise UserError(f"{out}: expected a folder, found a file")
+    present = sorted(p for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
+    foreign = [p.name for p in present if p.stem not in OUTPUTS]
+    if foreign:
+        raise UserError(f"{out}: holds something else than a comparison, {foreign[0]}; choose another folder")
+    check_writable(out)
     place = choose_device(device)
     runs = {(arm, k): out / "runs" / arm / f"fold-{k}" for k in wanted for arm in settings}
     for (arm, k), run in runs.items():
@@ -145,9 +152,15 @@ def _scored(run: Path, data: Path, out: Path, name: Path, device: torch.device, 
     if not (evaluation / "metrics.json").is_file():
         evaluate(run, data, evaluation, device=device, progress=progress)
     if (sweep / "robustness.json").is_file():
-        report = read_json(sweep / "robustness.json")
-    else:
-        report = robustness(run, data, sweep, corruptions=SWEEPS, device=device, progress=progress)
+        try:
+            return _table(read_json(sweep / "robustness.json"))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            what = f"damaged ({type(error).__name__}: {error}); without it the sweep is made anew"
+            raise UserError(f"{sweep / 'robustness.json'}: {what}") from error
+    return _table(robustness(run, data, sweep, corruptions=SWEEPS, device=device, progress=progress))
+
+
+def _table(report: Mapping[str, Any]) -> Table:
     table = {"clean": _by_metric(report["clean"]["cases"])}
     for corruption in report["corruptions"]:
         for level in corruption["levels"]:

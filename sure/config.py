@@ -14,6 +14,7 @@ import yaml
 
 from sure.errors import UserError
 
+LARGEST_PATCH = 2**30
 _PRESETS = Path(__file__).parent / "presets"
 
 
@@ -156,6 +157,8 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
         yield f"patch_size: expected 1 or {c.spatial_dims} numbers, got {c.patch_size}"
     if min(c.patch_size) < 1:
         yield f"patch_size: expected positive numbers, got {c.patch_size}"
+    if math.prod(c.patch) > LARGEST_PATCH:
+        yield f"patch_size: expected at most 2^30 voxels in all, got {c.patch_size}"
     if c.folds < 2 or not 0 <= c.fold < c.folds:
         yield f"fold: expected 0 <= fold < folds and folds >= 2, got fold {c.fold} of {c.folds}"
     if len(c.channels) < 2 or min(c.channels) < 1:

@@ -8,7 +8,6 @@ else, as in the published evaluation, whose noise levels share their seed.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,7 @@ class Corruption:
     clean: float
     """The severity of an image that is left alone."""
     apply: Apply
-    limit: float = math.inf
+    limit: float = 1e6
     """Severities lie below it."""
     as_acquired: bool = True
     """Applied to intensities from 0 on, as a scanner gives them, and normalised again as every image is; noise is
@@ -141,7 +140,9 @@ CORRUPTIONS: dict[str, Corruption] = {
     "rician": Corruption(
         "Rician noise", "standard deviation", SD, (0.1, 0.2, 0.4, 0.6, 1.0), 0.0, _rician,
     ),
-    "blur": Corruption("Gaussian blur", "standard deviation", "voxels", (0.5, 0.75, 1.0, 1.5, 2.0), 0.0, _blur),
+    "blur": Corruption(
+        "Gaussian blur", "standard deviation", "voxels", (0.5, 0.75, 1.0, 1.5, 2.0), 0.0, _blur, limit=1e3,
+    ),
     "low_resolution": Corruption(
         "Low resolution", "voxel size", "voxels of the image", (1.5, 2.0, 2.5, 3.0, 4.0), 1.0, _low_resolution,
     ),

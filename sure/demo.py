@@ -12,7 +12,7 @@ from sure.config import TrainConfig
 from sure.data import write_phantoms
 from sure.errors import UserError
 from sure.evaluate import evaluate
-from sure.files import resolved, write_text
+from sure.files import check_writable, resolved, write_text
 from sure.report import write_report
 from sure.train import train
 
@@ -49,6 +49,7 @@ def demo(out: Path, *, progress: bool = True, settings: TrainConfig = SETTINGS, 
         UserError: where `out` is not empty and no demo.
     """
     out = resolved(out)
+    check_writable(out)
     if out.exists():
         foreign = sorted({p.name for p in out.iterdir()} - {MARKER, *OUTPUTS}) if out.is_dir() else [out.name]
         if foreign or (any(out.iterdir()) and not (out / MARKER).is_file()):

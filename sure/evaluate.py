@@ -18,7 +18,7 @@ from sure.checkpoint import Run, load_run
 from sure.corruptions import CORRUPTIONS, seed_of
 from sure.data import IGNORE, Case, Dataset, EvaluationCase, check_dataset, discover, format_faults, load_case
 from sure.errors import UserError
-from sure.files import atomic_folder
+from sure.files import atomic_folder, write_text
 from sure.inference import Inference, infer
 from sure.report import figures
 from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, summarise
@@ -138,8 +138,8 @@ def evaluate(
         np.savez_compressed(
             folder / "pictures/gradient.npz", gradient=boundary.gradient, uncertainty=boundary.uncertainty
         )
-        (folder / "metrics.csv").write_text(csv_table(report["cases"]), encoding="utf-8")
-        (folder / "metrics.json").write_text(json_text(report), encoding="utf-8")
+        write_text(folder / "metrics.csv", csv_table(report["cases"]))
+        write_text(folder / "metrics.json", json_text(report))
     return report
 
 

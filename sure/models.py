@@ -13,10 +13,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sure.config import TrainConfig
+from sure.errors import UserError
 
 
 def build_model(config: TrainConfig, in_channels: int, num_classes: int) -> nn.Module:
-    """The network of `config`: (N, in_channels, *spatial) -> logits (N, num_classes, *spatial)."""
+    """The network of `config`: (N, in_channels, *spatial) -> logits (N, num_classes, *spatial).
+
+    Raises UserError where MONAI has no such network, or memory does not hold it.
+    """
+    try:
+        return _built(config, in_channels, num_classes)
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        wanted = f"a {config.model} of channels {config.channels}"
+        raise UserError(f"model, channels: no such network can be built, {wanted}: {str(error)[:200]}") from error
+
+
+def _built(config: TrainConfig, in_channels: int, num_classes: int) -> nn.Module:
     dims, channels = config.spatial_dims, config.channels
     levels = len(channels)
     norm = "instance" if config.norm == "auto" else config.norm

@@ -19,7 +19,7 @@ from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faul
 from sure.data.layouts import MISSING_LABEL
 from sure.data.nifti import SUFFIXES, is_nifti, stem
 from sure.errors import UserError
-from sure.files import resolved
+from sure.files import check_writable, resolved
 from sure.inference import infer_slabs
 
 QUANTISED = {"uint8": 1 / 255, "uint16": 1 / 65535}
@@ -76,8 +76,9 @@ def predict(
     faults = [*_check_images(cases, run, progress), *_check_outputs(cases, out, results)]
     if faults:
         raise UserError(f"{len(faults)} of the inputs cannot be used:\n{format_faults(faults)}")
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise UserError(f"{out}: expected a folder, found a file")
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for case in tqdm(cases, desc="predicting", unit="case", disable=not progress):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import sure
 from sure.checkpoint import Run
 from sure.errors import UserError
-from sure.files import read_json
+from sure.files import check_writable, read_json
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -106,7 +106,8 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_replaceable(out: Path, main: str, kind: str, others: Sequence[str]) -> None:
-    """UserError unless `out` is absent, empty, or holds an earlier result (`main` of `kind`) and nothing else."""
+    """UserError unless `out` can be written, and is absent, empty, or an earlier result (`main` of `kind`) alone."""
+    check_writable(out)
     if not out.exists():
         return
     if not out.is_dir():

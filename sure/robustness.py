@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from sure.corruptions import CORRUPTIONS, Corruption, seed_of
 from sure.data import discover, load_case
 from sure.errors import UserError
 from sure.evaluate import check_cases, choose_cases, missing_cases, noise_maps, noise_response
-from sure.files import atomic_folder
+from sure.files import atomic_folder, write_text
 from sure.inference import infer
 from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, summarise
 from sure.scoring import NEAR, CaseScorer, Reasons, Score, Values
@@ -128,8 +127,8 @@ def robustness(
     }
     report = plain(report)
     with atomic_folder(out) as folder:
-        (folder / "robustness.csv").write_text(csv_table(_table(report)), encoding="utf-8")
-        (folder / "robustness.json").write_text(json_text(report), encoding="utf-8")
+        write_text(folder / "robustness.csv", csv_table(_table(report)))
+        write_text(folder / "robustness.json", json_text(report))
     return report
 
 
@@ -161,9 +160,8 @@ def _sweeps(corruptions: Sequence[str], levels: Sequence[float] | None) -> dict[
     low, high = CORRUPTIONS[name].clean, CORRUPTIONS[name].limit
     growing = [low, *levels]
     if len(growing) < 2 or not all(a < b < high for a, b in itertools.pairwise(growing)):  # NaN fails too
-        range_ = f"above {low:g}" + (f" and below {high:g}" if high < math.inf else "")
         given = " ".join(f"{v:g}" for v in levels) or "none"
-        raise UserError(f"levels: expected growing numbers {range_} for {name}, got {given}")
+        raise UserError(f"levels: expected growing numbers above {low:g} and below {high:g} for {name}, got {given}")
     return {name: tuple(levels)}
 
 

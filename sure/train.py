@@ -62,7 +62,7 @@ from sure.distributed import (
     whole,
 )
 from sure.errors import SharedError, UserError
-from sure.files import write_text
+from sure.files import check_writable, write_text
 from sure.inference import infer
 from sure.models import build_model, checkpoint_activations
 from sure.objective import build_objective, frozen_statistics
@@ -265,8 +265,9 @@ def _prepare(
 
 def _check_run_folder(out: Path, config: TrainConfig, experiment: Experiment, *, resume: bool) -> bool:
     """Whether a checkpoint to continue from lies in `out`. Raises UserError where the folder is something else."""
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise UserError(f"{out}: expected a folder, found a file")
+    check_writable(out)
     taken = out.is_dir() and any(out.iterdir())
     if not taken:
         return False

@@ -15,7 +15,7 @@ from scipy.special import ndtr
 
 from sure.data.nifti import save_nifti
 from sure.errors import UserError
-from sure.files import atomic_folder, resolved
+from sure.files import atomic_folder, check_writable, resolved
 
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 SPACING = (1.6, 1.6, 2.2)
@@ -91,6 +91,7 @@ def write_phantoms(out: Path, *, cases: int = 24, shape: tuple[int, int, int] = 
         raise UserError(f"cases: expected at least 1, got {cases}")
     if seed < 0:
         raise UserError(f"seed: expected 0 or more, got {seed}")
+    check_writable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not an empty folder")
     with atomic_folder(out) as temporary:

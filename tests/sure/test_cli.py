@@ -66,10 +66,11 @@ def test_mistakes_end_with_status_2_and_one_message(args, message, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_flags_end_with_status_2():
-    with pytest.raises(SystemExit) as stop:
-        main(["train", ".", "--out", "x", "--epoch", "3"])
-    assert stop.value.code == 2
+def test_unknown_flags_end_with_status_2(capsys):
+    assert main(["train", ".", "--out", "x", "--epoch", "3"]) == 2
+    assert capsys.readouterr().err == (
+        "sure: Unrecognized options: --epoch, 3; `sure train --help` lists the arguments\n"
+    )
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
