@@ -59,7 +59,11 @@ class TestValues:
         compare(LOSS, logits, target)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_layouts(self, layout, loops, device):
+    def test_layouts(self, layout, loops, device, monkeypatch):
+        """Over several blocks, of which a program takes several."""
+        monkeypatch.setattr(kernel, "block_size", lambda k, gradient: 16)
+        monkeypatch.setattr(kernel, "_MANY_BLOCK", 16)
+        monkeypatch.setattr(kernel, "_ENOUGH_PROGRAMS", 3)
         logits, target, *_ = case((2, 3, 3, 4, 5), device)
         compare(LOSS, laid_out(logits, layout), target)
 
