@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -459,6 +460,17 @@ def test_every_argument_is_checked(name):
                 continue
         wrong.append(f"{argument}, {case}: expected {expected.__name__} that names it, got {found[:200]}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", TENSORS)
+def test_several_bad_arguments_at_once_end_in_the_same_errors(name):
+    """Whatever is wrong, and however many: one line, from a fixed seed."""
+    rng, cases = random.Random(name), list(bad_arguments(name))
+    for _ in range(20):
+        chosen = {argument: value for argument, _, value, _ in rng.sample(cases, 3)}
+        with pytest.raises((TypeError, ValueError), match=r"^[^\n]{1,300}$"):
+            call(name, **chosen)
 
 
 def test_every_public_callable_is_here():
