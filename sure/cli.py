@@ -117,7 +117,7 @@ def evaluate(
     cases: Literal["held-out", "all"] = "held-out",
     checkpoint: Checkpoint = "final",
     seed: int = 0,
-    pictures: int = 3,
+    pictures: tuple[str, ...] = ("3",),
     device: str = "auto",
     progress: bool = True,
 ) -> None:
@@ -130,7 +130,8 @@ def evaluate(
         cases: held-out leaves out what the run was trained on.
         checkpoint: which weights.
         seed: of the noise that shows how uncertainty answers to it.
-        pictures: number of cases to draw, from the best to the worst.
+        pictures: how many cases to draw, from the worst to the best, or their names: a report puts cases side by side
+            that all its evaluations have drawn.
         device: auto, cpu, cuda, cuda:1, ...
         progress: show progress bars.
     """
@@ -144,7 +145,7 @@ def evaluate(
         cases=cases,
         checkpoint=checkpoint,
         seed=seed,
-        pictures=pictures,
+        pictures=int(pictures[0]) if len(pictures) == 1 and pictures[0].isdecimal() else pictures,
         device=choose_device(device),
         progress=progress,
     )

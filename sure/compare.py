@@ -88,6 +88,7 @@ def compare(
         _check_run(run, replace(settings[arm], fold=k))
 
     values: dict[str, list[Table]] = {arm: [] for arm in settings}
+    pictures: dict[int, list[str]] = {}
     for (arm, k), run in runs.items():
         if not checkpoint_path(run, "final").is_file():
             options: dict[str, Any] = {"resume": run.exists(), "device": device, "workers": workers}
@@ -95,7 +96,9 @@ def compare(
         first = runs[next(iter(settings)), k]
         if read_experiment(run).held_out != read_experiment(first).held_out:
             raise UserError(f"{run}: other cases are held out than in {first}; the arms must share their data")
-        values[arm].append(_scored(run, data, out, Path(arm) / f"fold-{k}", place, progress))
+        values[arm].append(_scored(run, data, out, Path(arm) / f"fold-{k}", place, progress, pictures.get(k, 3)))
+        drawn = read_json(out / "evaluations" / arm / f"fold-{k}" / "metrics.json")
+        pictures.setdefault(k, list(drawn["pictures"]["planes"]))  # the first arm's cases, for all
 
     report: dict[str, Any] = {
         "kind": KIND,
@@ -146,11 +149,19 @@ def _check_run(run: Path, config: TrainConfig) -> None:
         raise UserError(f"{run}: made with other settings: {'; '.join(changed)}; choose another --out")
 
 
-def _scored(run: Path, data: Path, out: Path, name: Path, device: torch.device, progress: bool) -> Table:
+def _scored(
+    run: Path,
+    data: Path,
+    out: Path,
+    name: Path,
+    device: torch.device,
+    progress: bool,
+    pictures: int | Sequence[str],
+) -> Table:
     """The sweep of a run, which includes the clean images, from its file or anew; beside it the evaluation."""
     evaluation, sweep = out / "evaluations" / name, out / "robustness" / name
     if not (evaluation / "metrics.json").is_file():
-        evaluate(run, data, evaluation, device=device, progress=progress)
+        evaluate(run, data, evaluation, pictures=pictures, device=device, progress=progress)
     if (sweep / "robustness.json").is_file():
         try:
             return _table(read_json(sweep / "robustness.json"))

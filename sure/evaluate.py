@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +18,10 @@ from sure.corruptions import CORRUPTIONS, seed_of
 from sure.data import IGNORE, Case, Dataset, EvaluationCase, check_dataset, discover, format_faults, load_case
 from sure.errors import UserError
 from sure.files import atomic_folder, write_text
-from sure.inference import Inference, infer
+from sure.inference import infer
 from sure.report import figures
-from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, summarise
+from sure.report.slices import Stack, stack
+from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, ranked, summarise
 from sure.scoring import REACH, CaseScorer, pooled, risk_coverage
 from sure_kernels import metrics
 
@@ -52,7 +52,8 @@ def evaluate(
             one), all that the run was not trained on. "all" scores every case.
         checkpoint: which of the run's checkpoints: final, best or latest.
         seed: of the noise that shows how uncertainty answers to it.
-        pictures: names of the cases to draw, or how many: from the best to the worst Dice in equal steps.
+        pictures: names of the cases to draw, or how many: the worst by Dice, the worst and the median, or from the
+            worst to the best in equal steps.
         device: where the network runs.
         progress: show progress bars on stderr.
 
@@ -77,7 +78,7 @@ def evaluate(
     check_cases(run, dataset, chosen, cases_from, progress)
     check_replaceable(out, "metrics.json", KIND, ("metrics.csv", "pictures"))
 
-    rows, cuts, scores, profiles, undefined = [], {}, [], [], {}
+    rows, scores, profiles, undefined = [], [], [], {}
     for case in tqdm(chosen, desc="evaluating", unit="case", disable=not progress):
         loaded = load_case(case, ignore_label=dataset.ignore_label)
         scorer, result = CaseScorer(run, loaded), infer(run, loaded.image[None])
@@ -88,7 +89,6 @@ def evaluate(
         profiles.append(scorer.profile(maps))
         rows.append({"name": case.name, **scored.values, **answer})
         undefined[case.name] = scored.undefined | reasons
-        cuts[case.name] = _planes(loaded, result)
 
     summary = summarise(rows)
     drawn = _pick(rows, pictures) if isinstance(pictures, int) else list(pictures)
@@ -128,8 +128,9 @@ def evaluate(
     with atomic_folder(out) as folder:
         (folder / "pictures").mkdir()
         for name in drawn:
-            figures.save_planes(folder / report["pictures"]["planes"][name], cuts[name])
-            picture = figures.overlay({"": cuts[name]}, run.class_names)
+            cuts, slices = _cuts(run, dataset, next(case for case in chosen if case.name == name))
+            figures.save_planes(folder / report["pictures"]["planes"][name], cuts, slices)
+            picture = figures.overlay({"": cuts}, run.class_names)
             (folder / report["pictures"]["overlays"][name]).write_bytes(figures.png(picture))
         diagram = figures.reliability({"": (together.reliability, pooled_values["ece"])})
         (folder / "pictures/reliability.png").write_bytes(figures.png(diagram))
@@ -219,20 +220,20 @@ def _lists(curve: metrics.Reliability) -> dict[str, list[float]]:
     return {name: t.tolist() for name, t in curve._asdict().items()}
 
 
-def _planes(case: EvaluationCase, result: Inference) -> tuple[figures.Plane, ...]:
-    assert case.label is not None
-    truth = torch.where(case.label == IGNORE, 0, case.label)[0]
-    return figures.planes(
-        case.image[0].numpy(),
-        truth.numpy(),
-        result.label.numpy(),
-        result.uncertainty[0].numpy(),
-        case.affine,
-    )
+def _cuts(run: Run, dataset: Dataset, case: Case) -> tuple[tuple[figures.Plane, ...], Stack]:
+    """What a report shows of a case; inferred anew, as all cases' volumes would not fit in memory."""
+    loaded = load_case(case, ignore_label=dataset.ignore_label)
+    assert loaded.label is not None
+    result = infer(run, loaded.image[None])
+    truth = torch.where(loaded.label == IGNORE, 0, loaded.label)[0].numpy()
+    image, uncertainty = loaded.image[0].numpy(), result.uncertainty[0].numpy()
+    volumes = (image, truth, result.label.numpy(), uncertainty, loaded.affine)
+    return figures.planes(*volumes), stack(*volumes)
 
 
 def _pick(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:
-    """`count` cases from the best to the worst Dice, in equal steps; an undefined Dice comes last."""
-    order = sorted(rows, key=lambda row: (math.isnan(row["dice"]), -row["dice"], row["name"]))
-    steps = np.rint(np.linspace(0, len(order) - 1, min(count, len(order)))).astype(int)
-    return [order[i]["name"] for i in steps]
+    """The worst case, the worst and the median one, or `count` from the worst to the best in equal steps."""
+    names = ranked(rows)
+    end = len(names) - 1
+    places = np.linspace(0, end, min(count, len(names))) if count > 2 else np.array([0, end / 2])[:count]
+    return [names[i] for i in dict.fromkeys(np.rint(places).astype(int))]

@@ -54,6 +54,16 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
     return summary
 
 
+def ranked(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the cases from the worst to the best Dice; those where it is undefined come last."""
+
+    def order(row: Mapping[str, Any]) -> tuple[float, str]:
+        dice = row["dice"]
+        return math.inf if dice is None or math.isnan(dice) else dice, row["name"]
+
+    return [row["name"] for row in sorted(rows, key=order)]
+
+
 def describe_run(run: Run) -> dict[str, Any]:
     """What was scored."""
     return {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from sure.report.slices import Stack, arrays_of, oriented, stack_of
 from sure_kernels.metrics import Reliability
 
 # Okabe and Ito's colours, safe for every common colour blindness: of classes 1, 2, ... and of runs
@@ -71,12 +72,9 @@ def planes(
     superior first. A volume without foreground is cut through its middle.
     """
     arrays = [np.asarray(a) for a in (image, truth, prediction, uncertainty)]
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)[: arrays[0].ndim]
     if arrays[0].ndim == 2:
-        return (_plane([a.T for a in arrays], spacing),)
-    orientation = nib.orientations.io_orientation(affine)
-    arrays = [nib.orientations.apply_orientation(a, orientation) for a in arrays]
-    spacing = spacing[np.argsort(orientation[:, 0])]
+        return (_plane([a.T for a in arrays], np.linalg.norm(affine[:3, :3], axis=0)[:2]),)
+    arrays, spacing = oriented(arrays, affine)
     inside = np.argwhere(arrays[1] > 0)
     centre = inside.mean(0) if len(inside) else (np.array(arrays[1].shape) - 1) / 2
     cuts = []
@@ -97,13 +95,21 @@ def _plane(arrays: Sequence[NDArray], spacing: NDArray[np.float64]) -> Plane:
     )
 
 
-def overlay(runs: Mapping[str, Sequence[Plane]], class_names: Sequence[str]) -> Figure:
+def uncertainty_top(cuts: Iterable[Plane]) -> float:
+    """Upper end of a scale of uncertainty for these planes: most networks use a small part of 0 to 1."""
+    highest = max((float(np.percentile(plane.uncertainty, 99.9)) for plane in cuts), default=1.0)
+    return float(np.clip(np.ceil(20 * highest) / 20, 0.05, 1))
+
+
+def overlay(runs: Mapping[str, Sequence[Plane]], class_names: Sequence[str], top: float | None = None) -> Figure:
     """One case: image and truth, then for every run its prediction and its uncertainty; a row per plane.
 
     Args:
         runs: what each run, by name, made of the same planes (one name may be empty).
         class_names: background first.
+        top: end of the scale of uncertainty; None takes `uncertainty_top`.
     """
+    top = uncertainty_top(plane for cuts in runs.values() for plane in cuts) if top is None else top
     first = next(iter(runs.values()))
     titles = ["image", "truth"]
     for name in runs:
@@ -122,13 +128,15 @@ def overlay(runs: Mapping[str, Sequence[Plane]], class_names: Sequence[str]) -> 
             _show_image(left, plane)
             _show_labels(left, mine.prediction, plane, len(class_names))
             _outline(left, plane, "white")
-            right.imshow(mine.uncertainty, cmap=UNCERTAINTY_MAP, vmin=0, vmax=1, origin="lower", extent=_extent(plane))
+            right.imshow(
+                mine.uncertainty, cmap=UNCERTAINTY_MAP, vmin=0, vmax=top, origin="lower", extent=_extent(plane)
+            )
             _outline(right, plane, "white")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, **_FONT)
     for axis in axes.flat:
         axis.set_axis_off()
-    heat = ScalarMappable(Normalize(0, 1), UNCERTAINTY_MAP)
+    heat = ScalarMappable(Normalize(0, top), UNCERTAINTY_MAP)
     bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.9, aspect=25, pad=0.02, panchor=False)
     bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
     bar.ax.spines["outline"].set_visible(False)
@@ -362,6 +370,11 @@ def _density(axis: Axes, run: BoundaryPoints, right: float, top: float) -> None:
     axis.legend(loc="upper right", framealpha=0.85, edgecolor="none", fontsize=8.5, labelcolor=INK)
 
 
+def colours_of(name: str) -> str:
+    """The 256 colours of a map as one string of RRGGBB."""
+    return (255 * colormaps[name](np.arange(256))[:, :3]).round().astype(np.uint8).tobytes().hex()
+
+
 def _plain(*axes: Axes) -> None:
     for axis in axes:
         axis.grid(color=GRID, lw=0.6)
@@ -378,9 +391,9 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def save_planes(path: Path, cuts: Sequence[Plane]) -> None:
-    """Store planes without loss of what a picture shows (npz; uncertainty and image as float16)."""
-    arrays: dict[str, Any] = {}
+def save_planes(path: Path, cuts: Sequence[Plane], slices: Stack | None = None) -> None:
+    """Store planes without loss of what a picture shows (npz; uncertainty and image as float16), and slices."""
+    arrays: dict[str, Any] = {} if slices is None else arrays_of(slices)
     for i, plane in enumerate(cuts):
         low, high = np.percentile(plane.image, (0.5, 99.5))
         # normalised to what is shown: float16 would overflow on raw intensities
@@ -406,6 +419,12 @@ def load_planes(path: Path) -> tuple[Plane, ...]:
             )
             for i in range(count)
         )
+
+
+def load_slices(path: Path) -> Stack | None:
+    """The slices that `save_planes` stored; None where there are none."""
+    with np.load(path, allow_pickle=False) as stored:
+        return stack_of(stored)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from sure.errors import UserError
 from sure.files import write_text
 from sure.report import figures
 from sure.report.glossary import METRICS, UNKNOWN, Metric, describe
-from sure.results import interval, summarise
+from sure.report.slices import Stack, viewer
+from sure.results import interval, ranked, summarise
 from sure_kernels.metrics import Reliability
 
 TITLES = {"sure": "SURE", "edl": "EDL", "dice_ce": "Dice + CE"}
@@ -28,6 +29,10 @@ CASE_COLUMNS = ("dice", "ece", "ueo", "ucc_g")
 """Metrics of the table of all cases."""
 SEVERITY_METRICS = ("dice", "ece", "ueo", "uncertainty_boundary")
 """Metrics drawn against the severity of each corruption."""
+LARGEST = 10_000_000
+"""Bytes of a page."""
+MARGIN = 20_000
+"""Bytes kept for what stands around each case's pictures."""
 FEW_CASES = 10
 """With fewer, the page warns of its intervals."""
 
@@ -76,22 +81,35 @@ def write_report(folders: Sequence[Path], out: Path, title: str = "Segmentation 
     )
     environment.filters["groupby_in_order"] = _grouped
     rows = _rows(runs)
-    html = environment.get_template("page.html.j2").render(
-        title=title,
-        same_cases=all(run.cases.keys() == runs[0].cases.keys() for run in runs),
-        few_cases=min(len(run.cases) for run in runs) < FEW_CASES,
-        runs=[{"name": run.name, "undefined": {}, "cases_missing": [], **run.values} for run in runs],
-        colours=figures.RUN_COLOURS,
-        rows=rows,
-        verdicts=_verdicts(runs, rows),
-        overlays=_overlays(runs),
-        calibration=_calibration(runs),
-        relation=_relation(runs),
-        severities=_severities(runs),
-        glossary={key: metric for key, metric in METRICS.items() if any(key in run.summary for run in runs)},
-        case_columns=[describe(key).label for key in CASE_COLUMNS],
-        cases=_case_table(runs),
-    )
+    values: dict[str, Any] = {
+        "title": title,
+        "same_cases": all(run.cases.keys() == runs[0].cases.keys() for run in runs),
+        "few_cases": min(len(run.cases) for run in runs) < FEW_CASES,
+        "runs": [{"name": run.name, "cases_missing": [], **run.values} for run in runs],
+        "colours": figures.RUN_COLOURS,
+        "rows": rows,
+        "verdicts": _verdicts(runs, rows),
+        "unshared": _unshared(runs),
+        "calibration": _calibration(runs),
+        "relation": _relation(runs),
+        "severities": _severities(runs),
+        "glossary": {key: metric for key, metric in METRICS.items() if any(key in run.summary for run in runs)},
+        "case_columns": [describe(key).label for key in CASE_COLUMNS],
+        "table": _case_table(runs),
+        "classes": _classes(runs[0].values["class_names"]),
+        "map": figures.colours_of(figures.UNCERTAINTY_MAP),
+        "script": Markup((Path(__file__).parent / "viewer.js").read_text(encoding="utf-8")),
+    }
+    template = environment.get_template("page.html.j2")
+    alone = len(template.render(**values, cases=[], top=1.0).encode())
+    cases, top = _cases(runs, LARGEST - alone - MARGIN)
+    html = template.render(**values, cases=cases, top=top)
+    size = len(html.encode())
+    if size > LARGEST:
+        raise UserError(
+            f"{out}: the page would take {size / 1e6:.1f} MB of at most {LARGEST / 1e6:g}: give fewer evaluations, "
+            "or evaluate with fewer --pictures"
+        )
     write_text(out, html)
     return out
 
@@ -235,20 +253,62 @@ def _verdicts(runs: Sequence[_Evaluation], rows: Sequence[dict[str, Any]]) -> li
     return result
 
 
-def _overlays(runs: Sequence[_Evaluation]) -> list[dict[str, str]]:
-    """A picture per case that every run has drawn, with all runs in it; without one, every run's own."""
-    drawn = [list(run.values["pictures"]["planes"]) for run in runs]
-    shared = [name for name in drawn[0] if all(name in names for names in drawn)]
-    groups = [(name, runs) for name in shared] or [
-        (name, [run]) for run, names in zip(runs, drawn, strict=True) for name in names
-    ]
+def _cases(runs: Sequence[_Evaluation], room: int) -> tuple[list[dict[str, Any]], float]:
+    """The cases that every run has drawn, or without one every run's own, from the worst Dice of the first run on.
+
+    Each has a picture with all runs in it and, where all have stored slices and `room` characters allow it, what
+    the viewer draws; the other result is the end of the scale of uncertainty.
+    """
+    drawn = {run: list(run.values["pictures"]["planes"]) for run in runs}
+    shared = set.intersection(*map(set, drawn.values()))
+    order = ranked(runs[0].values["cases"])
+    groups = [(name, list(runs)) for name in sorted(shared, key=order.index)]
+    groups = groups or [(name, [run]) for run, names in drawn.items() for name in names]
+    files = {
+        (name, run): run.folder / run.values["pictures"]["planes"][name] for name, members in groups for run in members
+    }
+    cuts = {key: figures.load_planes(path) for key, path in files.items()}
+    slices = {key: figures.load_slices(path) for key, path in files.items()}
+    top = figures.uncertainty_top(plane for planes in cuts.values() for plane in planes)
     result = []
     for name, members in groups:
-        cuts = {r.name: figures.load_planes(r.folder / r.values["pictures"]["planes"][name]) for r in members}
-        picture = figures.overlay(cuts, members[0].values["class_names"])
-        scores = ", ".join(f"Dice {_number(r.cases[name]['dice'], METRICS['dice'].digits)} ({r.name})" for r in members)
-        result.append({"name": name, "scores": scores, "image": _embed(picture)})
-    return result
+        picture = figures.overlay({r.name: cuts[name, r] for r in members}, members[0].values["class_names"], top)
+        scores = [f"{r.name} {_number(r.cases[name]['dice'], METRICS['dice'].digits)}" for r in members]
+        result.append(
+            {
+                "name": name,
+                "place": _place(name, members[0]),
+                "scores": f"Dice: {', '.join(scores)}",
+                "image": _embed(picture),
+            }
+        )
+    room = (room - sum(len(case["image"]) for case in result)) // max(len(result), 1)
+    for case, (name, members) in zip(result, groups, strict=True):
+        stacks = {r.name: slices[name, r] for r in members}
+        case["viewer"] = None if None in stacks.values() else _viewer(name, stacks, room)  # type: ignore[arg-type]
+    return result, top
+
+
+def _viewer(name: str, stacks: dict[str, Stack], room: int) -> dict[str, Any] | None:
+    first = next(iter(stacks.values()))
+    for run, other in stacks.items():
+        if not np.array_equal(first.truth, other.truth):
+            raise UserError(f"evaluations: {name} of {run} has another truth than that of {next(iter(stacks))}")
+    return viewer(stacks, room)
+
+
+def _place(name: str, run: _Evaluation) -> str:
+    """Where the case stands among all of the run by Dice."""
+    order = ranked(run.values["cases"])
+    at, end = order.index(name), len(order) - 1
+    known = {int(np.rint(end / 2)): "median", end: "best", 0: "worst"}
+    return f"{known.get(at, f'place {at + 1} from the worst')} of {len(order)} by Dice of {run.name}"
+
+
+def _unshared(runs: Sequence[_Evaluation]) -> list[str]:
+    """Cases that some runs have drawn and others have not."""
+    drawn = [set(run.values["pictures"]["planes"]) for run in runs]
+    return sorted(set.union(*drawn) - set.intersection(*drawn))
 
 
 def _chart(picture: figures.Figure, alt: str, caption: str) -> dict[str, str]:
@@ -378,6 +438,12 @@ def _curve(run: _Evaluation, corruption: dict[str, Any], key: str) -> figures.Se
         np.array(low),
         np.array(high),
     )
+
+
+def _classes(names: Sequence[str]) -> list[dict[str, str]]:
+    """Name and colour of every foreground class."""
+    colours = figures.CLASS_COLOURS
+    return [{"name": name, "colour": colours[k % len(colours)]} for k, name in enumerate(names[1:])]
 
 
 def _having(runs: Sequence[_Evaluation], field: str) -> list[_Evaluation]:

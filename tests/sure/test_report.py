@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from markupsafe import escape
 from matplotlib import _pylab_helpers
+from PIL import Image
 from scipy.stats import bootstrap
 from tiny_run import CLASSES, make_run, write_data
 
 import sure.evaluate
 from sure.errors import UserError
-from sure.report import figures, glossary, write_report
+from sure.report import figures, glossary, slices, write_report
 from sure.report import page as report_page
 from sure_kernels.metrics import Reliability
 
@@ -65,6 +70,12 @@ def written(evaluations, tmp_path_factory):
     return write_report(evaluations, tmp_path_factory.mktemp("page") / "sub" / "report.html")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Charts are laid out but not drawn: for tests of all else on a page."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"\x89PNG")
+
+
 def test_page_is_whole_and_self_contained(written):
     out = written
     assert [p.name for p in out.parent.iterdir()] == ["report.html"]
@@ -75,8 +86,9 @@ def test_page_is_whole_and_self_contained(written):
     # overlays of the shared cases; reliability and risk-coverage; gradient of each run, distance and noise
     assert len(images) == 2 + 2 + 2 + 2
     assert all(src.startswith("data:image/png;base64,") for src in images)
-    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
-    assert not re.search(r"https?://|url\(", html)
+    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe")]
+    assert not [attrs for tag, attrs in page.tags if tag == "script" and "src" in attrs]
+    assert not re.search(r"https?://|url\(|import\(|fetch\(|XMLHttpRequest", html)
     assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
 
 
@@ -100,20 +112,21 @@ def test_numbers_are_the_evaluations(evaluations, written):
         assert s["run"] in text
 
 
-def test_html_is_escaped(evaluations, tmp_path):
+def test_html_is_escaped(evaluations, tmp_path, undrawn):
     folder = tmp_path / "eval"
     shutil.copytree(evaluations[0], folder)
     text = (folder / "metrics.json").read_text()
     (folder / "metrics.json").write_text(text.replace("core", "<script>alert(1)</script>"))
     html = write_report([folder], tmp_path / "r.html", title="<b>bold & brave</b>").read_text(encoding="utf-8")
     page = Page(html)
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<script>alert" not in html
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [{"type": "application/json", "id": "cases"}, {}]
     assert "<b>bold & brave</b>" in page.text
     assert "SURE −" not in page.text  # one run alone has no difference
     assert "paired" not in page.text
 
 
-def test_same_loss_is_told_apart_by_folder(evaluations, tmp_path):
+def test_same_loss_is_told_apart_by_folder(evaluations, tmp_path, undrawn):
     shutil.copytree(evaluations[0], tmp_path / "other")
     stored = json.loads((tmp_path / "other/metrics.json").read_text())
     stored["cases"].append(stored["cases"][0] | {"name": "case_9"})
@@ -183,7 +196,7 @@ def test_marks_only_where_the_paired_interval_excludes_0(evaluations, tmp_path, 
     assert mark == "" or low > 0 or high < 0
 
 
-def test_evaluations_of_older_versions(evaluations, tmp_path):
+def test_evaluations_of_older_versions(evaluations, tmp_path, undrawn):
     stored = json.loads((evaluations[0] / "metrics.json").read_text())
     summary = {key: {k: v for k, v in entry.items() if k != "ci"} for key, entry in stored["summary"].items()}
     changes = {"summary": summary, "risk_coverage": None, "by_distance": None, "undefined": None, "cases_missing": None}
@@ -199,7 +212,7 @@ def test_evaluations_of_older_versions(evaluations, tmp_path):
         write_report([torn], tmp_path / "no.html")
 
 
-def test_sweeps_stand_beside_their_runs(evaluations, tmp_path):
+def test_sweeps_stand_beside_their_runs(evaluations, tmp_path, undrawn):
     stored = json.loads((evaluations[1] / "metrics.json").read_text())
     levels = [{"level": level, "summary": stored["summary"]} for level in (0.1, 0.9)]
     sweep = {
@@ -271,6 +284,113 @@ def test_planes_cut_the_centre_and_keep_proportions():
     np.testing.assert_array_equal(coronal.image, image[::-1, 7, :].T)
     np.testing.assert_array_equal(sagittal.image, image[3].T)
     assert [p.size for p in (axial, coronal, sagittal)] == [(10.0, 24.0), (10.0, 42.0), (24.0, 42.0)]
+
+
+def stored_cases(html: str) -> dict:
+    """What the page's script reads."""
+    found = re.search(r'<script type="application/json" id="cases">(.*?)</script>', html, re.DOTALL)
+    return json.loads(found[1])
+
+
+def decoded(uri: str, case: dict) -> np.ndarray:
+    """(slices, height, width) from a sheet of slices."""
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+    h, w, columns = case["height"], case["width"], case["columns"]
+    places = [(i // columns * h, i % columns * w) for i in range(case["slices"])]
+    return np.stack([sheet[y : y + h, x : x + w] for y, x in places])
+
+
+def test_viewer_holds_every_slice_of_every_run(evaluations, written):
+    page = stored_cases(written.read_text())
+    folders = dict(zip(("EDL", "SURE"), evaluations, strict=True))
+    names = [json.loads((folder / "metrics.json").read_text())["pictures"]["planes"] for folder in evaluations]
+    assert len(page["cases"]) == len(names[0]) == 2
+    dice = {r["name"]: r["dice"] for r in json.loads((evaluations[0] / "metrics.json").read_text())["cases"]}
+    for name, case in zip(sorted(dice, key=dice.get), page["cases"], strict=True):  # the worst first
+        assert [run["name"] for run in case["runs"]] == list(folders)
+        assert not case["reduced"]
+        for run in case["runs"]:
+            stored = figures.load_slices(folders[run["name"]] / f"pictures/case_{name}.npz")
+            assert stored.image.shape == (case["slices"], case["height"], case["width"])
+            np.testing.assert_array_equal(decoded(case["image"], case), stored.image)
+            np.testing.assert_array_equal(decoded(case["truth"], case), stored.truth)
+            np.testing.assert_array_equal(decoded(run["prediction"], case), stored.prediction)
+            np.testing.assert_array_equal(decoded(run["uncertainty"], case), stored.uncertainty)
+        truth = nib.load(evaluations[0].parent / f"data/labels/{name}.nii.gz")
+        right = nib.as_closest_canonical(truth).get_fdata()
+        # voxels of 2.5 mm lie along the axis that is nearly superior: axial slices, anterior up
+        assert case["view"] == "axial"
+        np.testing.assert_array_equal(decoded(case["truth"], case), right.transpose(2, 1, 0)[:, ::-1])
+        assert case["start"] == (right > 0).sum((0, 1)).argmax()
+
+
+def test_slices_across_the_thickest_voxels():
+    shape = (6, 5, 4)
+    values = np.arange(120, dtype=np.float32).reshape(shape)
+    label = np.zeros(shape, np.uint8)
+    label[2, 1, 3] = 1
+    cut = slices.stack(values, label, label, values / 119, np.diag([1.0, 4.0, 1.0, 1.0]))
+    assert (cut.view, cut.size, cut.image.shape) == ("coronal", (6.0, 4.0), (5, 4, 6))
+    assert cut.fullest == 1
+    assert cut.truth[1, 0, 2] == 1  # superior is up
+    assert slices.stack(values[0], label[0], label[0], values[0] / 119, np.eye(4)).view == ""
+    large = np.zeros((300, 10, 200), np.float32)
+    cut = slices.stack(large, large, large, large, np.eye(4))
+    assert cut.image.shape == (67, 5, 150)
+    assert cut.size == (300.0, 10.0)
+
+
+def test_viewer_shrinks_to_the_room_there_is():
+    rng = np.random.default_rng(0)
+    noise = rng.random((40, 40, 20)).astype(np.float32)
+    truth = np.zeros(noise.shape, np.uint8)
+    truth[20:, 10:30, 7] = 1
+    cut = slices.stack(noise, truth, truth, noise, np.eye(4))
+    whole = slices.viewer({"A": cut}, 10**7)
+    assert (whole["slices"], whole["width"], whole["reduced"]) == (20, 40, False)
+    size = len(json.dumps(whole))
+    small = slices.viewer({"A": cut}, size // 5)
+    assert small["reduced"]
+    assert len(json.dumps(small)) < size // 4
+    assert decoded(small["truth"], small)[small["start"]].any()  # the fullest slice is kept
+    assert slices.viewer({"A": cut}, 100) is None
+
+
+def test_page_is_bounded(evaluations, tmp_path, monkeypatch, undrawn):
+    size = write_report(evaluations, tmp_path / "r.html").stat().st_size
+    monkeypatch.setattr(report_page, "LARGEST", size - 1)
+    monkeypatch.setattr(report_page, "MARGIN", 20_000)
+    smaller = write_report(evaluations, tmp_path / "s.html")
+    assert smaller.stat().st_size < size
+    monkeypatch.setattr(report_page, "LARGEST", 10_000)
+    with pytest.raises(UserError, match=r"t\.html: the page would take .* MB of at most 0\.01: give fewer evaluations"):
+        write_report(evaluations, tmp_path / "t.html")
+    assert not (tmp_path / "t.html").exists()
+
+
+def test_only_shared_cases_are_set_side_by_side(evaluations, tmp_path):
+    stored = json.loads((evaluations[1] / "metrics.json").read_text())
+    pictures = stored["pictures"] | {"planes": {"case_2": stored["pictures"]["planes"]["case_2"]}}
+    one = edited(tmp_path / "one", evaluations[1], pictures=pictures)
+    runs = report_page._load([evaluations[0], one])
+    assert report_page._unshared(runs) == ["case_0"]
+    cases, _ = report_page._cases(runs, 10**7)
+    assert [case["name"] for case in cases] == ["case_2"]
+    assert [run["name"] for run in cases[0]["viewer"]["runs"]] == ["EDL", "SURE"]
+    other = dataclasses.replace(figures.load_slices(one / pictures["planes"]["case_2"]), truth=np.ones((1, 1, 1)))
+    with pytest.raises(UserError, match="case_2 of SURE has another truth than that of EDL"):
+        report_page._viewer(
+            "case_2", {"EDL": figures.load_slices(one / pictures["planes"]["case_2"]), "SURE": other}, 9
+        )
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, "a"), (2, "ac"), (3, "ace"), (9, "abcdef"), (0, "")])
+def test_pictured_cases_from_the_worst_on(count, expected):
+    rows = [
+        {"name": name, "dice": value} for name, value in zip("fedcba", (np.nan, 0.9, 0.8, 0.7, 0.6, 0.5), strict=True)
+    ]
+    assert sure.evaluate._pick(rows[1:], count) == list(expected if count < 9 else "abcde")
+    assert sure.evaluate._pick(rows, 9)[-1] == "f"
 
 
 def test_planes_follow_permuted_axes():
