@@ -28,7 +28,8 @@ def demo(out: Path = Path("demo"), progress: bool = True) -> None:
     """Phantoms, an EDL and a SURE network trained on them, and a report that compares both. Minutes on a CPU.
 
     Args:
-        out: folder for phantoms, runs, evaluations, metrics.json and report.html; an earlier demo is replaced.
+        out: folder for phantoms, runs, evaluations, noise sweeps, metrics.json and report.html; an earlier demo is
+            replaced.
         progress: show progress bars.
     """
     from sure.demo import demo as run

@@ -14,6 +14,7 @@ from sure.errors import UserError
 from sure.evaluate import evaluate
 from sure.files import check_writable, resolved, write_text
 from sure.report import write_report
+from sure.robustness import robustness
 from sure.train import train
 
 CASES = 24
@@ -30,14 +31,16 @@ SETTINGS = TrainConfig(
 """What both networks are trained with; only `loss` differs."""
 RUNS: dict[str, Literal["edl", "sure"]] = {"EDL": "edl", "SURE": "sure"}
 MARKER = ".sure-demo"
-OUTPUTS = ("phantoms", "runs", "evaluations", "metrics.json", "report.html")
+OUTPUTS = ("phantoms", "runs", "evaluations", "robustness", "metrics.json", "report.html")
+NOISE = (0.1, 0.5, 0.9)
+"""Means of the noise that both networks are swept over."""
 
 
 def demo(out: Path, *, progress: bool = True, settings: TrainConfig = SETTINGS, cases: int = CASES) -> Path:
     """Run the demonstration and return the path of its report.
 
-    Writes phantoms/, runs/, evaluations/, metrics.json (the summaries side by side) and report.html to `out`. Every
-    number comes from phantoms that neither network was trained on.
+    Writes phantoms/, runs/, evaluations/, robustness/, metrics.json (the summaries side by side) and report.html to
+    `out`. Every number comes from phantoms that neither network was trained on.
 
     Args:
         out: folder to create; an earlier demo there is replaced.
@@ -62,14 +65,16 @@ def demo(out: Path, *, progress: bool = True, settings: TrainConfig = SETTINGS, 
                 path.unlink(missing_ok=True)
     write_text(out / MARKER, "made by `sure demo`; replaced by the next one\n")
     data = write_phantoms(out / "phantoms", cases=cases, shape=SHAPE)
-    evaluations, summary = [], {}
+    folders, summary = [], {}
     pictures: int | list[str] = 3
     for name, loss in RUNS.items():
         run = train(data, out / "runs" / name, replace(settings, loss=loss), device="cpu", progress=progress)
         folder = out / "evaluations" / name
         result = evaluate(run, data, folder, pictures=pictures, progress=progress)
         pictures = list(result["pictures"]["overlays"])  # the same cases for both
-        evaluations.append(folder)
+        sweep = out / "robustness" / name
+        robustness(run, data, sweep, corruptions=["gaussian_mean"], levels=NOISE, progress=progress)
+        folders += [folder, sweep]
         summary[name] = {"cases": [row["name"] for row in result["cases"]], "summary": result["summary"]}
     write_text(out / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    return write_report(evaluations, out / "report.html", "EDL and SURE on cardiac phantoms")
+    return write_report(folders, out / "report.html", "EDL and SURE on cardiac phantoms")

@@ -148,6 +148,8 @@ def test_demo(tmp_path):
     assert "EDL" in page
     assert "SURE" in page
     assert 'src="http' not in page
+    assert "Gaussian noise of growing mean" in page
+    assert page.count('<article class="case">') == 2  # of two held-out cases, the same for both
     metrics = json.loads((out / "metrics.json").read_text())
     for name in ("EDL", "SURE"):
         trained = json.loads((out / "runs" / name / "run.json").read_text())["train"]
