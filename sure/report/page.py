@@ -487,6 +487,7 @@ def _number(value: float | None, digits: int, *, sign: bool = False) -> str:
     """With a real minus sign; a dash where undefined."""
     if value is None or not math.isfinite(value):
         return "–"
+    value = round(value, digits) + 0.0  # not -0
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 

@@ -257,6 +257,14 @@ def test_severity_curves_start_at_the_clean_image(evaluations):
     assert np.isnan(report_page._curve(run, corruption, "ece").mean).all()
 
 
+def test_numbers_are_printed_as_they_are_read():
+    assert report_page._number(-0.0004, 3, sign=True) == "+0.000"
+    assert report_page._number(-0.0006, 3) == "−0.001"
+    assert report_page._number(float("nan"), 3) == report_page._number(None, 3) == "–"
+    assert report_page._range((None, None), 2) == ""
+    assert report_page._range((-1, 2), 1, sign=True) == "−1.0 to +2.0"
+
+
 def test_every_metric_of_an_evaluation_is_explained(evaluations, written):
     stored = json.loads((evaluations[0] / "metrics.json").read_text())
     names = {key.partition("/")[0] for key in stored["summary"]}
