@@ -89,6 +89,13 @@ class TestValues:
         logits, target, *_ = case((2, 4, 3, 5), device)
         compare(LOSS, logits.to(dtype), target, gradient_tolerance=HALF_TOLERANCE[dtype])
 
+    def test_labels_beyond_32_bits_are_no_class(self, loops, device, monkeypatch):
+        """2^32 + 1 is not 1; any number outside the classes will do for comparison."""
+        monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
+        logits, target, *_ = case((2, 3, 4, 5), device)
+        results = [evaluate(sk.evidential_loss, logits, target.masked_fill(target == 1, x)) for x in (2**32 + 1, -2)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
     def test_one_class_absent(self, device):
         logits, target, *_ = case((2, 3, 4, 5), device)
         target[target == 1] = 2

@@ -66,7 +66,7 @@ def test_gradient_magnitude(data):
     )
 
 
-@examples(8)
+@examples(6)
 @given(data=st.data())
 def test_dirichlet_uncertainty(data):
     measures = tuple(data.draw(st.lists(st.sampled_from(MEASURES), min_size=1, unique=True)))

@@ -98,6 +98,14 @@ class TestValues:
         compare(torch.full_like(values, 0.5), scores)
         compare(values, 1 - values)
 
+    def test_points_that_violate_nothing_have_no_gradient(self, device):
+        """Exactly none: what rounding leaves of sums that cancel does not count."""
+        values, scores, _, _ = points((1, 60), device, levels=9_999_991)
+        values, scores = values.sort(1, descending=True).values, scores.sort(1).values.double().sqrt()
+        values[:, [20, 21]] = values[:, [21, 20]]
+        _, gradient = with_gradient(lambda t: (sk.pairwise_ranking_loss(t, scores),), values, "dense")
+        assert gradient.nonzero()[:, 1].tolist() == [20, 21]
+
     def test_nan_is_not_lost(self, device, monkeypatch):
         monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
         values, scores, _, _ = points((1, 20), device)
