@@ -181,7 +181,7 @@ def test_finalise_in_one_launch(form, relation, device):
     supervision = closed_form.Supervision(2.0, 0.5, form, relation, 0.3 if form == "correlation" else 0.0)
     generator = torch.Generator().manual_seed(0)
     g, u = (torch.rand((images, 9), generator=generator, dtype=torch.float64) for _ in range(2))
-    g[0] = 1.0
+    g[0] = 0.7  # of which rounding leaves a variance of 1e-16
     moments = torch.stack(
         (
             torch.full((images,), 9.0),
