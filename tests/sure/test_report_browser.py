@@ -128,6 +128,10 @@ def test_screen_shows_the_viewer_and_paper_the_still_picture(opened):
     assert opened.run(shown) == [True, False]
     opened.send("Emulation.setEmulatedMedia", media="print")
     assert opened.run(shown) == [False, True]
+    opened.size(718, 1000)  # of A4 between margins
+    opened.run("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert opened.run("document.documentElement.scrollWidth") <= 718  # paper does not scroll
+    opened.size(1280, 900)
     opened.send("Emulation.setEmulatedMedia", media="screen")
 
 
