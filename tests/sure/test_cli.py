@@ -127,6 +127,20 @@ def test_settings_from_yaml_and_flags(tmp_path):
     assert load_config(run / "config.yaml") == expected
 
 
+def test_pictures_by_number_or_name(monkeypatch, tmp_path):
+    seen = []
+
+    def evaluate(*_, pictures, **__):
+        seen.append(pictures)
+        return {"summary": {}}
+
+    monkeypatch.setattr("sure.evaluate.evaluate", evaluate)
+    for given in ([], ["2"], ["case_a"], ["case_a", "7"]):
+        flags = ["--pictures", *given] if given else []
+        assert main(["evaluate", "run", "data", "--out", str(tmp_path / "eval"), *flags]) == 0
+    assert seen == [3, 2, ("case_a",), ("case_a", "7")]
+
+
 def test_config_goes_before_preset(tmp_path):
     from sure.cli import _settings
     from sure.config import load_preset

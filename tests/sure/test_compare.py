@@ -58,6 +58,16 @@ def test_results_are_means_over_folds(compared):
     assert found["std"] == pytest.approx(np.std(folds, ddof=1))
 
 
+def test_all_arms_picture_the_cases_of_the_first(compared):
+    _, out, _ = compared
+    for k in (0, 2):
+        folders = [out / "evaluations" / arm / f"fold-{k}" for arm in ("edl", "sure", "strong")]
+        drawn = [list(json.loads((f / "metrics.json").read_text())["pictures"]["planes"]) for f in folders]
+        assert drawn[0] == drawn[1] == drawn[2]
+        dice = {name: row["dice"] for name, row in rows_of(out, "edl", k).items()}
+        assert drawn[0] == sorted(dice, key=dice.get)  # from the worst on
+
+
 def test_differences_are_paired_by_case(compared):
     _, out, report = compared
     per_fold = []
