@@ -146,7 +146,7 @@ def evaluate(
         cases=cases,
         checkpoint=checkpoint,
         seed=seed,
-        pictures=int(pictures[0]) if len(pictures) == 1 and pictures[0].isdecimal() else pictures,
+        pictures=int(pictures[0]) if len(pictures) == 1 and pictures[0].lstrip("-").isdecimal() else pictures,
         device=choose_device(device),
         progress=progress,
     )

@@ -235,5 +235,6 @@ def _pick(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:
     """The worst case, the worst and the median one, or `count` from the worst to the best in equal steps."""
     names = ranked(rows)
     end = len(names) - 1
-    places = np.linspace(0, end, min(count, len(names))) if count > 2 else np.array([0, end / 2])[:count]
+    few = count < min(3, len(names))
+    places = np.array([0, end / 2])[:count] if few else np.linspace(0, end, min(count, len(names)))
     return [names[i] for i in dict.fromkeys(np.rint(places).astype(int))]

@@ -399,6 +399,7 @@ def test_pictured_cases_from_the_worst_on(count, expected):
     ]
     assert sure.evaluate._pick(rows[1:], count) == list(expected if count < 9 else "abcde")
     assert sure.evaluate._pick(rows, 9)[-1] == "f"
+    assert sure.evaluate._pick(rows[-2:], 2) == ["a", "b"]
 
 
 def test_planes_follow_permuted_axes():
