@@ -110,7 +110,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 def _naming(path: Path, temporary: Path, error: OSError) -> OSError:
     """`error` of `path` where it names nothing, as of a full disk, or what stands in for it."""
     if error.filename is None or str(error.filename).startswith(str(temporary)):
-        return OSError(error.errno, error.strerror, str(path))
+        return OSError(error.errno, error.strerror or str(error), str(path))
     return error
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -173,13 +176,30 @@ def _run(
             if board is not None:
                 with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(_strict(record)) + "\n")
-                for key, value in record.items():
-                    if isinstance(value, float):
-                        board.add_scalar(key, value, epoch)
+                with _interrupts_wait():
+                    for key, value in record.items():
+                        if isinstance(value, float):
+                            board.add_scalar(key, value, epoch)
             trainer.save(record)
     weights = trainer.weights()
     if first:
         save_checkpoint(out, "final", weights)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C is answered afterwards: in the middle of a queue's `put`, the writer's thread might never wake again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *received: caught.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught and callable(before):
+        before(*caught[0])
 
 
 def _own(device: str) -> str:

@@ -44,6 +44,14 @@ def made(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as a terminal sends it, also where the tests run in the background, whose shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def kit(made, tmp_path, monkeypatch) -> Path:
     root = tmp_path / "kit"
