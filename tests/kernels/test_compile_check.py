@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from sure_kernels.compile_check.cases import AMD_POINTERS, INTEGERS, POINTERS
 from sure_kernels.compile_check.offline import TARGETS, Outcome, compilation
 from sure_kernels.kernel_lib.launch import warps_of, warps_on
 
+TABLE = Path(__file__).parents[2] / "docs" / "compile-check.csv"
 TYPES = {"p_in": "*fp32", "p_out": "*fp32", "stride": "int"}
 
 
@@ -194,6 +196,24 @@ def test_every_kernel_takes_part():
         assert pointers == set(AMD_POINTERS if target == "gfx942" else POINTERS)
         sweeps = [job.flags["integers"] for job in work if job.target == target and "evidence" in job.flags]
         assert set(sweeps) == set(INTEGERS)
+
+
+def test_the_committed_table_is_of_these_kernels():
+    """Kernels, their flags and the values of each are those of today: otherwise `make compile-check-full`."""
+    found: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    with TABLE.open() as file:
+        for row in csv.DictReader(file):
+            flags = found.setdefault((row["kernel"], row["direction"], row["target"]), {})
+            for name, value in re.findall(r"(\w+)=([^,]*)", row["flags"]):
+                flags.setdefault(name, set()).add(value)
+            assert row["verdict"] == "ok"
+    expected: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    for job in check.jobs(check.kernel_modules(), list(TARGETS), full=True):
+        cases = job.cases()
+        flags = expected.setdefault((f"{cases.op}.{cases.name}", cases.direction, job.target), {})
+        for name, value in job.flags.items():
+            flags.setdefault(name, set()).add(str(value))
+    assert found == expected
 
 
 @pytest.mark.parametrize("strength", [1, 2, 3])
