@@ -78,6 +78,14 @@ def overview(work: Sequence[Job], outcomes: Sequence[Outcome]) -> str:
     )
 
 
+def faults(work: Sequence[Job], outcomes: Sequence[Outcome]) -> str:
+    """The rows that fail the check."""
+    failed = [row for row in rows(work, outcomes) if row[-1] != "ok"]
+    if not failed:
+        return "No row fails the check."
+    return f"Rows that fail the check, {len(failed)} of {len(work)}:\n\n" + markdown(COLUMNS, failed)
+
+
 def write(path: Path, work: Sequence[Job], outcomes: Sequence[Outcome], full: bool) -> None:
     """The overview as Markdown to `path`, and all rows beside it as CSV."""
     table = path.with_suffix(".csv")
@@ -109,6 +117,8 @@ block / spills (bytes a thread in local memory, on gfx942 vector registers), and
 spills, where it does. Spills fail the check up to K = 16 alone. All rows are in [{table.name}]({table.name}).
 
 {overview(work, outcomes)}
+
+{faults(work, outcomes)}
 """,
     )
 
