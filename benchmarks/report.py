@@ -120,7 +120,10 @@ def _headline(rows: Iterable[Row]) -> list[Row]:
     return [
         row
         for row in rows
-        if row["sweep"] == "volume" and row["dtype"] == "float32" and _voxels(row) == size and "absent" not in row
+        if row["sweep"] == "volume"
+        and row["dtype"] in ("float32", "int64")
+        and _voxels(row) == size
+        and "absent" not in row
     ]
 
 
