@@ -136,7 +136,7 @@ def evaluate(
         (folder / "pictures/reliability.png").write_bytes(figures.png(diagram))
         plot = figures.gradient_plots({"": boundary})
         (folder / "pictures/gradient.png").write_bytes(figures.png(plot))
-        np.savez_compressed(
+        figures.save_arrays(
             folder / "pictures/gradient.npz", gradient=boundary.gradient, uncertainty=boundary.uncertainty
         )
         write_text(folder / "metrics.csv", csv_table(report["cases"]))

@@ -402,7 +402,14 @@ def save_planes(path: Path, cuts: Sequence[Plane], slices: Stack | None = None) 
         arrays[f"uncertainty{i}"] = plane.uncertainty.astype(np.float16)
         arrays[f"truth{i}"], arrays[f"prediction{i}"] = plane.truth, plane.prediction
         arrays[f"size{i}"] = np.array(plane.size)
-    np.savez_compressed(path, **arrays)
+    save_arrays(path, **arrays)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """An .npz file, in one write: on a full disk NumPy's zip file would complain again when it is collected."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stub takes a flag by keyword as well
+    path.write_bytes(buffer.getvalue())
 
 
 def load_planes(path: Path) -> tuple[Plane, ...]:
