@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results, steps
-from benchmarks.registry import COMPILED_TEXTBOOK, EAGER, HEADLINE, OURS, TEXTBOOK
+from benchmarks.registry import COMPILED_TEXTBOOK, EAGER, OURS, TEXTBOOK, Setting, headlines_of
 from sure.files import write_text
 
 PAGE = results.ROOT / "benchmarks" / "RESULTS.md"
@@ -64,15 +65,23 @@ def _origin(machine: dict[str, Any]) -> str:
 def summary(path: Path) -> str:
     """The README's lines on one file: each op at the headline size beside what one would run instead, and the steps."""
     found = results.read(path)
+    lines = [f"{_origin(found['machine'])}; medians of forward and backward where there is one."]
+    for setting in headlines_of(found["machine"]):
+        lines += ["", *_beside_others(_headline(found["rows"], setting), setting)]
+    lines += ["", "*Held for backward* is in units of the logits (of the first argument)."]
+    if "steps" in found:
+        lines += ["", *_steps(found["steps"])]
+    return "\n".join(lines)
+
+
+def _beside_others(rows: Iterable[Row], setting: Setting) -> list[str]:
     by_op: dict[str, dict[str, Row]] = {}
-    for row in _headline(found["rows"]):
+    for row in rows:
         by_op.setdefault(row["op"], {})[row["form"]] = row
-    size = HEADLINE.shape[0]
+    dtype = str(setting.dtype).removeprefix("torch.")
     lines = [
-        f"{_origin(found['machine'])}; {size}^3 voxels, {HEADLINE.classes} classes, float32, medians of forward and "
-        "backward where there is one:",
-        "",
-        "| | ours | without compiler | textbook form | the same under `torch.compile` | held for backward | others |",
+        f"| {setting.shape[0]}^3 voxels, {setting.classes} classes, {dtype} | ours | without compiler | textbook form "
+        "| the same under `torch.compile` | held for backward | others |",
         "|---|--:|--:|--:|--:|--:|---|",
     ]
     for op, forms in by_op.items():
@@ -93,10 +102,7 @@ def summary(path: Path) -> str:
         )
         cells = (_milliseconds(ours), *(cell(form) for form in named[1:]), " against ".join(kept), others)
         lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
-    lines += ["", "*Held for backward* is in units of the logits (of the first argument)."]
-    if "steps" in found:
-        lines += ["", *_steps(found["steps"])]
-    return "\n".join(lines)
+    return lines
 
 
 def readme(text: str, files: Iterable[Path]) -> str:
@@ -115,14 +121,14 @@ def _our_medians(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
     return {_same(row): row["both"]["median"] for row in rows if row["form"] == OURS and "both" in row}
 
 
-def _headline(rows: Iterable[Row]) -> list[Row]:
-    size = HEADLINE.shape[0] ** 3
+def _headline(rows: Iterable[Row], setting: Setting) -> list[Row]:
+    dtypes = str(setting.dtype).removeprefix("torch."), "int64"
     return [
         row
         for row in rows
-        if row["sweep"] == "volume"
-        and row["dtype"] in ("float32", "int64")
-        and _voxels(row) == size
+        if row["sweep"] == setting.sweep
+        and row["dtype"] in dtypes
+        and _voxels(row) == math.prod(setting.shape)
         and "absent" not in row
     ]
 
@@ -172,10 +178,11 @@ def page(files: Iterable[Path]) -> str:
     for path in files:
         found = results.read(path)
         machine = found["machine"]
+        headline = [row for setting in headlines_of(machine) for row in _headline(found["rows"], setting)]
         lines += [
             *("", f"## {machine['gpu'] or machine['cpu']}", ""),
             f"{_origin(machine)}; a copy moves {machine['copy_bandwidth'] / 1e9:.1f} GB/s.",
-            *("", *table(_headline(found["rows"])), "", *_verdict(found["rows"]), ""),
+            *("", *table(headline), "", *_verdict(found["rows"]), ""),
             f"![Time against volume](../docs/images/{_plot_name(path)})",
             "",
         ]

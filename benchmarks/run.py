@@ -18,7 +18,6 @@ from benchmarks.registry import (
     COMPILED_AT,
     COMPILED_TEXTBOOK,
     EAGER,
-    HEADLINE,
     OURS,
     QUICK,
     SETTINGS,
@@ -27,6 +26,7 @@ from benchmarks.registry import (
     Setting,
     case_of,
     forms_of,
+    headlines_of,
 )
 
 # Bytes that a form may need at its peak, as a multiple of its first argument, before it is tried at all.
@@ -60,11 +60,13 @@ def _why_absent(case: Case, form: str, setting: Setting, args: tuple[Tensor, ...
     if form == COMPILED_TEXTBOOK and setting not in (*COMPILED_AT, *QUICK):
         return "not run at this size: compiling takes minutes"
     voxels = args[0].numel() // (args[0].shape[1] if args[0].ndim > 2 else 1)
-    if voxels > case.most.get(form, voxels):
-        return f"not run beyond {case.most[form]} voxels"
-    if args[0].numel() * args[0].element_size() * (_OUR_PEAK if form in (OURS, EAGER) else _ASSUMED_PEAK) > _free_bytes(
-        args[0].device
-    ):
+    most = dict(case.most) if args[0].device.type == "cuda" else {**case.most, **case.most_on_cpu}
+    if voxels > most.get(form, voxels):
+        return f"not run beyond {most[form]} voxels"
+    # Arithmetic is float32 whatever the logits are.
+    if args[0].numel() * max(4, args[0].element_size()) * (
+        _OUR_PEAK if form in (OURS, EAGER) else _ASSUMED_PEAK
+    ) > _free_bytes(args[0].device):
         return "too large for this machine"
     return None
 
@@ -106,8 +108,11 @@ def measure_all(
         found["steps"] = steps.seconds(device)
         if device.type == "cpu":
             found["first_call"] = first_call.seconds()
-    # The headline, then the small ones of all ops first, so that a budget leaves out large volumes and no op.
-    for setting in sorted(QUICK if quick else SETTINGS, key=lambda s: (s != HEADLINE, s.batch * math.prod(s.shape))):
+    # The headlines, then the small ones of all ops first, so that a budget leaves out large volumes and no op.
+    headlines = headlines_of(found["machine"])
+    for setting in sorted(
+        QUICK if quick else SETTINGS, key=lambda s: (s not in headlines, s.batch * math.prod(s.shape))
+    ):
         for case in CASES:
             if ops is not None and case.op not in ops:
                 continue

@@ -73,7 +73,7 @@ def test_schema(found, damage, message):
 
 
 def test_page_plot_and_comparison(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "HEADLINE", TINY)
+    monkeypatch.setattr(report, "headlines_of", lambda _: (TINY,))
     path = tmp_path / "this-machine.json"
     results.write(found, path)
     assert results.read(path) == found
