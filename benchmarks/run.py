@@ -109,10 +109,9 @@ def measure_all(
         if device.type == "cpu":
             found["first_call"] = first_call.seconds()
     # The headlines, then the small ones of all ops first, so that a budget leaves out large volumes and no op.
-    headlines = headlines_of(found["machine"])
-    for setting in sorted(
-        QUICK if quick else SETTINGS, key=lambda s: (s not in headlines, s.batch * math.prod(s.shape))
-    ):
+    settings = sorted(QUICK if quick else SETTINGS, key=lambda s: s.batch * math.prod(s.shape))
+    headlines = [s for s in headlines_of(found["machine"]) if s in settings]
+    for setting in dict.fromkeys((*headlines, *settings)):
         for case in CASES:
             if ops is not None and case.op not in ops:
                 continue
