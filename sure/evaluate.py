@@ -22,7 +22,7 @@ from sure.inference import infer
 from sure.report import figures
 from sure.report.slices import Stack, stack
 from sure.results import check_replaceable, csv_table, describe_run, environment, json_text, plain, ranked, summarise
-from sure.scoring import REACH, CaseScorer, pooled, risk_coverage
+from sure.scoring import REACH, CaseScorer, joined, pooled, risk_coverage
 from sure_kernels import metrics
 
 KIND = "sure evaluation"
@@ -92,7 +92,8 @@ def evaluate(
 
     summary = summarise(rows)
     drawn = _pick(rows, pictures) if isinstance(pictures, int) else list(pictures)
-    together, pooled_values = pooled([s.histograms for s in scores], run.class_names)
+    total = joined([s.histograms for s in scores])
+    together, pooled_values = pooled(total, run.class_names)
     report = {
         "kind": KIND,
         "run": str(run_path),
@@ -112,7 +113,7 @@ def evaluate(
             name: _lists(metrics.Reliability(*(t[k] for t in together.reliability_per_class)))
             for k, name in enumerate(run.class_names)
         },
-        "risk_coverage": risk_coverage([s.histograms for s in scores]),
+        "risk_coverage": risk_coverage(total),
         "by_distance": _by_distance(profiles),
         "pictures": {
             "overlays": {name: f"pictures/case_{name}.png" for name in drawn},

@@ -59,7 +59,7 @@ class Score(NamedTuple):
     undefined: Reasons
     """Why, of each metric that is NaN."""
     histograms: SegmentationHistograms
-    """Sums over the voxels, without the axis N: of several cases they add up, see `pooled`."""
+    """Sums over the voxels, without the axis N: of several cases they add up, see `joined`."""
     boundary: tuple[Tensor, Tensor]
     """Image gradient and uncertainty (n,) of the voxels on the true boundary."""
 
@@ -193,20 +193,24 @@ class CaseScorer:
             yield key, float(inside.mean()), "" if inside.numel() else reason
 
 
-def pooled(sums: Sequence[SegmentationHistograms], names: Sequence[str]) -> tuple[SegmentationScores, Values]:
-    """The scores of all voxels of several cases together, and their metrics by name."""
-    total = SegmentationHistograms(*(sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True)))
+def joined(sums: Sequence[SegmentationHistograms]) -> SegmentationHistograms:
+    """Those of all voxels of several cases together."""
+    return SegmentationHistograms(*(sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True)))
+
+
+def pooled(total: SegmentationHistograms, names: Sequence[str]) -> tuple[SegmentationScores, Values]:
+    """The scores that follow from histograms, and their metrics by name."""
     scores, reasons = scores_of(total, NUM_BINS)
     return scores, {key: value for key, value, _ in _one_pass(scores, reasons, names)}
 
 
-def risk_coverage(sums: Sequence[SegmentationHistograms], points: int = 100) -> dict[str, list[float]]:
-    """Share of wrong voxels among the most certain ones, against their share of all: over the voxels of several cases.
+def risk_coverage(total: SegmentationHistograms, points: int = 100) -> dict[str, list[float]]:
+    """Share of wrong voxels among the most certain ones, against their share of all.
 
     At most `points` shares, as close to evenly spaced as the bins of the histograms allow, the last one 1; none where
     no voxel counts.
     """
-    right, wrong = sum((s.errors[-1] for s in sums[1:]), sums[0].errors[-1]).double().cumsum(-1)
+    right, wrong = total.errors[-1].double().cumsum(-1)
     kept = right + wrong
     if not kept[-1]:
         return {"coverage": [], "risk": []}

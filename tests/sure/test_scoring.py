@@ -18,7 +18,7 @@ from sure.data import IGNORE, EvaluationCase
 from sure.evaluate import noise_maps, noise_response
 from sure.inference import Inference, infer
 from sure.results import summarise
-from sure.scoring import BOUNDARY, REACH, CaseScorer, pooled, risk_coverage
+from sure.scoring import BOUNDARY, REACH, CaseScorer, joined, pooled, risk_coverage
 from sure_kernels.metrics import calibration_error_detection
 
 SHAPE = (9, 10, 8)
@@ -87,7 +87,7 @@ def test_pooled_over_cases(run):
     """As of one volume that all cases make up."""
     cases = [(case_of(blocks(i)), said(blocks(1 - i))) for i in (0, 1)]
     sums = [CaseScorer(run, case).score(case.image, result).histograms for case, result in cases]
-    together, values = pooled(sums, CLASSES)
+    together, values = pooled(joined(sums), CLASSES)
     expected = calibration_error_detection(
         torch.cat([result.probability for _, result in cases], 1)[None],
         torch.cat([case.label.long() for case, _ in cases], 1),
@@ -229,7 +229,7 @@ def test_risk_coverage_from_sorted_voxels(run):
     cases = [case_of(blocks(shift)) for shift in (0, 2)]
     results = [infer(run, case.image[None]) for case in cases]
     scores = [CaseScorer(run, case).score(case.image, result) for case, result in zip(cases, results, strict=True)]
-    curve = risk_coverage([s.histograms for s in scores])
+    curve = risk_coverage(joined([s.histograms for s in scores]))
     uncertainty = np.concatenate([r.uncertainty.numpy().ravel() for r in results])
     wrong = np.concatenate([(r.label != c.label[0]).numpy().ravel() for r, c in zip(results, cases, strict=True)])
     risk = np.cumsum(wrong[np.argsort(uncertainty)]) / np.arange(1, wrong.size + 1)
