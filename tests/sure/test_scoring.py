@@ -238,7 +238,7 @@ def test_risk_coverage_from_sorted_voxels(run):
     for coverage, value in zip(curve["coverage"], curve["risk"], strict=True):
         assert value == pytest.approx(risk[round(coverage * wrong.size) - 1], abs=1e-12)
     empty = [type(s.histograms)(*(t * 0 for t in s.histograms)) for s in scores]
-    assert risk_coverage(empty) == {"coverage": [], "risk": []}
+    assert risk_coverage(joined(empty)) == {"coverage": [], "risk": []}
 
 
 def test_profile_by_distance(run):
