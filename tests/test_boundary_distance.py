@@ -299,8 +299,8 @@ def test_full_graph_and_custom_ops():
         assert torch.equal(got, expected)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     spacing = [1.0, 1.0, 1.0]
-    torch.library.opcheck(custom.boundary_distance, (labels, 4.0, spacing, -100, "eager"), test_utils=checks)
-    torch.library.opcheck(custom.boundary_band, (labels, 1.0, 4.0, 4.0, spacing, -100, "eager"), test_utils=checks)
+    torch.library.opcheck(custom.boundary_distance.op, (labels, 4.0, spacing, -100, "eager"), test_utils=checks)
+    torch.library.opcheck(custom.boundary_band.op, (labels, 1.0, 4.0, 4.0, spacing, -100, "eager"), test_utils=checks)
 
 
 @pytest.mark.slow

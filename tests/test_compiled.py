@@ -330,7 +330,7 @@ def test_custom_ops_are_sound(op):
     }
     function, args = samples[op.name]
     with as_python():
-        torch.library.opcheck(function, (*args, "compiled"))
+        torch.library.opcheck(function.op, (*args, "compiled"))
 
 
 class _Losses(torch.utils.data.Dataset):

@@ -166,4 +166,4 @@ def test_custom_ops_are_well_formed():
         arguments = (probability, target, mask, maps, -100, 10, True, maps is None, maps is None, True, "eager")
         torch.library.opcheck(op.segmentation_histograms, arguments, test_utils=checks)
     flag = torch.rand(2, 3, 20) < 0.5
-    torch.library.opcheck(op.binary_histogram, (uncertainty.flatten(1), flag, None, "eager"), test_utils=checks)
+    torch.library.opcheck(op.binary_histogram.op, (uncertainty.flatten(1), flag, None, "eager"), test_utils=checks)

@@ -296,11 +296,11 @@ class TestHard:
         rows = [u.flatten(1) for u in (*maps, distance, mask)]
         levels = torch.stack([torch.zeros(2).double(), *(torch.as_tensor(x).double().expand(2) for x in m)])
         given = (rows[:3], levels, rows[3], rows[4])
-        torch.library.opcheck(noise_op.noise_sums, (*given, 4.0, True, True, "eager"))
+        torch.library.opcheck(noise_op.noise_sums.op, (*given, 4.0, True, True, "eager"))
         coefficients, up = torch.rand(4, dtype=torch.float64), torch.ones((), dtype=torch.float64)
         for clean in (False, True):
             options = (*given, coefficients, up, 4.0, True, True, clean, clean, "eager")
-            torch.library.opcheck(noise_op.noise_gradient, options)
+            torch.library.opcheck(noise_op.noise_gradient.op, options)
 
     def test_full_graph(self):
         maps, m, distance, labels, mask = setting()
@@ -683,10 +683,10 @@ class TestPatches:
         priority = torch.rand((2, 7, 8), generator=g)
         target = torch.randint(0, 2, (2, 7, 8), generator=g)
         given = (priority, target, target > 0, 2, 3, 3)
-        torch.library.opcheck(patches_op.patch_centres, given)
+        torch.library.opcheck(patches_op.patch_centres.op, given)
         centres = patches_op.patch_centres(*given)
         image, noise = torch.rand((2, 3, 7, 8), generator=g), torch.rand((2, 3, 6, 9), generator=g)
-        torch.library.opcheck(patches_op.add_patches, (image, centres, noise, 3))
+        torch.library.opcheck(patches_op.add_patches.op, (image, centres, noise, 3))
 
 
 def test_nothing_waits_for_the_device():

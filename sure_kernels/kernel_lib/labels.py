@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels.kernel_lib.chunks import BLOCK
+from sure_kernels.kernel_lib.custom_op import custom_op
 
 # Band values: what a voxel's distance to the nearest boundary makes it.
 BETWEEN, NEAR, BOUNDARY, FAR = 0, 1, 2, 3
@@ -76,7 +77,7 @@ def code_for(k: int, banded: bool) -> Code:
     return Code(6 if k <= 62 else 13, banded)
 
 
-@torch.library.custom_op("sure_kernels::pack_labels", mutates_args=())
+@custom_op("sure_kernels::pack_labels")
 def pack_labels(target: Tensor, mask: Tensor | None, band: Tensor | None, k: int, ignore_index: int) -> Tensor:
     """Codes of `target`, `mask` and `band`, each (N, *spatial): (N, V), or half a block of bytes for every block.
 

@@ -1,4 +1,4 @@
-"""What the launchers share: volumes and strides as kernels read them, block sizes, scales of the filters.
+"""What the launchers share: launches, volumes and strides as kernels read them, block sizes, scales of the filters.
 
 Block sizes come from tables, never from a tuner: they depend on the shape alone, so that the same input gives the
 same bits everywhere.
@@ -7,7 +7,8 @@ same bits everywhere.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,39 @@ _LARGE_VOLUME = 1 << 22
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+class Launch:
+    """Launches a kernel again and again, with everything fixed but the tensors and, where they change, floats.
+
+    What Triton does at every launch, looking for the compiled kernel that fits the arguments, takes longer than the
+    launch itself. It depends on types, on which integers are 1 or divided by 16, and on which pointers are; only
+    the pointers can differ here.
+
+    Args:
+        kernel: a `triton.jit` function whose arguments are tensors, then numbers, then compile-time constants.
+        grid: of one to three axes.
+        numbers: the run-time numbers.
+        options: the constants by name, and `num_warps`.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], options: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
+        self._found: dict[tuple[tuple[torch.dtype, int], ...], Callable[..., None]] = {}
+        self._constants = tuple(options[name] for name in kernel.arg_names if name in options)
+
+    def __call__(self, *tensors: Tensor, numbers: tuple[float, ...] | None = None) -> None:
+        """Launch on the current device and stream; `numbers` differ from the usual ones in floats alone."""
+        numbers = self.numbers if numbers is None else numbers
+        key = tuple([(x.dtype, x.data_ptr() % 16) for x in tensors])
+        found = self._found.get(key)
+        if found is not None:
+            found(*tensors, *numbers, *self._constants)
+            return
+        compiled = self.kernel[self.grid](*tensors, *numbers, **self.options)
+        # Nothing in the interpreter. For AMD's GPUs Triton looks at the tensors' sizes as well.
+        if compiled is not None and torch.version.hip is None:
+            self._found[key] = compiled[(*self.grid, 1, 1)[:3]]
 
 
 def warps_of(number: int, lanes: int) -> int:

@@ -157,8 +157,8 @@ def test_custom_ops_are_well_formed(shape, device):
     x = labels(shape, device)
     spacing = [1.0] * (len(shape) - 1)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(custom.boundary_distance, (x, 4.0, spacing, -100, "triton"), test_utils=checks)
-    torch.library.opcheck(custom.boundary_band, (x, 1.0, 4.0, 4.0, spacing, -100, "triton"), test_utils=checks)
+    torch.library.opcheck(custom.boundary_distance.op, (x, 4.0, spacing, -100, "triton"), test_utils=checks)
+    torch.library.opcheck(custom.boundary_band.op, (x, 1.0, 4.0, 4.0, spacing, -100, "triton"), test_utils=checks)
 
 
 def test_full_graph(device):

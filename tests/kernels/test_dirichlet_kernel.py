@@ -145,9 +145,9 @@ def test_custom_ops_are_well_formed(layout, device):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     measures = "probability,entropy"
     options = ("softplus", [1.0] * 3, measures, "triton")
-    torch.library.opcheck(custom.dirichlet_forward, (x, *options), test_utils=checks)
+    torch.library.opcheck(custom.dirichlet_forward.op, (x, *options), test_utils=checks)
     grads = [torch.ones(2, c, 4, 5, device=device) for c in (3, 1)]
-    torch.library.opcheck(custom.dirichlet_backward, (grads, x, *options), test_utils=checks)
+    torch.library.opcheck(custom.dirichlet_backward.op, (grads, x, *options), test_utils=checks)
 
 
 def test_full_graph(device):

@@ -145,8 +145,8 @@ def test_custom_ops_are_well_formed(shape, device):
     options = ("sobel", [1.0] * (len(shape) - 2), "replicate", "l2", 0.0, "triton")
     grad = torch.ones(1, 1, *shape[2:], device=device)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(custom.gradient_magnitude_forward, (x, *options), test_utils=checks)
-    torch.library.opcheck(custom.gradient_magnitude_backward, (grad, x, *options), test_utils=checks)
+    torch.library.opcheck(custom.gradient_magnitude_forward.op, (x, *options), test_utils=checks)
+    torch.library.opcheck(custom.gradient_magnitude_backward.op, (grad, x, *options), test_utils=checks)
 
 
 def test_full_graph(device):

@@ -144,9 +144,9 @@ def test_custom_ops_are_well_formed(device):
     p, target, u = segmentation((2, 4, 5), 3, device)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        op.segmentation_histograms,
+        op.segmentation_histograms.op,
         (p, target, None, u[:, 0], -100, 10, *reference.Parts(), "triton"),
         test_utils=checks,
     )
     flag = torch.zeros(2, 3, 20, dtype=torch.bool, device=device)
-    torch.library.opcheck(op.binary_histogram, (u.flatten(1), flag, None, "triton"), test_utils=checks)
+    torch.library.opcheck(op.binary_histogram.op, (u.flatten(1), flag, None, "triton"), test_utils=checks)

@@ -189,12 +189,12 @@ def test_custom_ops_are_well_formed(device):
     levels = torch.cat((torch.zeros_like(m[:1]), m))
     given_ = (rows, levels, distance.flatten(1), mask.flatten(1))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(custom.noise_sums, (*given_, 4.0, True, True, "triton"), test_utils=checks)
+    torch.library.opcheck(custom.noise_sums.op, (*given_, 4.0, True, True, "triton"), test_utils=checks)
     coefficients = torch.rand(number_of_rows(3), dtype=torch.float64, device=device)
     up = torch.ones((), device=device)
     for clean in (False, True):
         options = (*given_, coefficients, up, 4.0, True, True, clean, clean, "triton")
-        torch.library.opcheck(custom.noise_gradient, options, test_utils=checks)
+        torch.library.opcheck(custom.noise_gradient.op, options, test_utils=checks)
 
 
 def test_full_graph(device):

@@ -204,7 +204,7 @@ def test_custom_op_is_well_formed(device):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for method in ("exact", "covariance"):
         options = ("decreasing", method, None, False, "triton")
-        torch.library.opcheck(custom.pairwise_ranking, (values, scores, mask, groups, *options), test_utils=checks)
+        torch.library.opcheck(custom.pairwise_ranking.op, (values, scores, mask, groups, *options), test_utils=checks)
 
 
 def test_full_graph(device):

@@ -219,14 +219,14 @@ def test_custom_ops_are_well_formed(layout, device):
     formula = ("digamma", "softplus", [1.0] * 3, [], False)
     labels = (target, mask, band, IGNORED)
     source = (image, "sobel", [1.0, 1.0], "replicate", "l2", False)
-    torch.library.opcheck(custom.supervised_sums, (logits, *labels, *source, *formula, "triton"), test_utils=checks)
+    torch.library.opcheck(custom.supervised_sums.op, (logits, *labels, *source, *formula, "triton"), test_utils=checks)
     sums = custom.supervised_sums(logits, *labels, *source, *formula, "triton")
     weights = (1.0, 1.0, "covariance", "decreasing", 0.0, 1.0, 1.0, 1.0, "soft", True)
-    torch.library.opcheck(custom.supervised_finalise, (sums, *weights, *formula), test_utils=checks)
+    torch.library.opcheck(custom.supervised_finalise.op, (sums, *weights, *formula), test_utils=checks)
     _, _, rows, means = custom.supervised_finalise(sums, *weights, *formula)
     up = torch.ones((), device=device)
     options = (logits, *labels, rows, means, up, *source, *formula, "triton")
-    torch.library.opcheck(custom.supervised_gradient, options, test_utils=checks)
+    torch.library.opcheck(custom.supervised_gradient.op, options, test_utils=checks)
 
 
 def test_full_graph(device):

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.ops.boundary_distance import closed_form
 
 
@@ -20,7 +21,7 @@ def _implementation(backend: str) -> ModuleType:
     return closed_form
 
 
-@torch.library.custom_op("sure_kernels::boundary_distance", mutates_args=())
+@custom_op("sure_kernels::boundary_distance")
 def boundary_distance(
     target: Tensor, max_distance: float | None, spacing: Sequence[float], ignore_index: int, backend: str
 ) -> Tensor:
@@ -35,7 +36,7 @@ def _(target, max_distance, spacing, ignore_index, backend):
     return target.new_empty((n, 1, *spatial), dtype=torch.float32)
 
 
-@torch.library.custom_op("sure_kernels::boundary_band", mutates_args=())
+@custom_op("sure_kernels::boundary_band")
 def boundary_band(
     target: Tensor,
     boundary: float,

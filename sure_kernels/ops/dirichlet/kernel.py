@@ -38,7 +38,7 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib.chunks import flat
-from sure_kernels.kernel_lib.launch import cdiv, gradient_format, warps_on
+from sure_kernels.kernel_lib.launch import Launch, cdiv, gradient_format, warps_on
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.ops.dirichlet.reference import MEASURES
 
@@ -536,36 +536,38 @@ def _prior_table(prior: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(prior, dtype=torch.float32, device=device)
 
 
+@functools.lru_cache(maxsize=256)
 def _launch(
     kernels: tuple[Any, Any],
-    logits: Tensor,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
     evidence: str,
     prior: tuple[float, ...],
-    pointers: list[Tensor],
-    strides: tuple[int, ...],
+    device: torch.device,
     measures: tuple[str, ...],
-) -> None:
-    """Run the kernel of the pair (unrolled, wide) that serves `measures`, with `logits` flattened to (N, K, V)."""
-    n, k, voxels = logits.shape
+) -> Launch:
+    """The kernel of the pair (unrolled, wide) that serves `measures`, on flattened logits (N, K, V)."""
+    n, k, voxels = shape
     flags = sum(_BITS[m] for m in measures)
-    unit_prior = set(prior) == {1.0}
     block = block_size(k)
-    table = logits if unit_prior else _prior_table(prior, logits.device)
-    sizes = (voxels, *logits.stride(), *strides, math.fsum(prior))
     options = {
         "FLAGS": flags,
         "EVIDENCE": evidence,
-        "UNIT_PRIOR": unit_prior,
+        "UNIT_PRIOR": set(prior) == {1.0},
         "BELOW_ONE": min(prior) < 1,
         "BLOCK": block,
-        "num_warps": warps_on(NUM_WARPS, logits.device),
+        "num_warps": warps_on(NUM_WARPS, device),
     }
     grid = (n * cdiv(voxels, block),)
-    with torch.cuda.device_of(logits):
-        if is_wide(k, flags):
-            kernels[1][grid](logits, table, *pointers, k, *sizes, **options)
-        else:
-            kernels[0][grid](logits, table, *pointers, *sizes, K=k, **options)
+    numbers = (voxels, *strides, math.fsum(prior))
+    if is_wide(k, flags):
+        return Launch(kernels[1], grid, (k, *numbers), options)
+    return Launch(kernels[0], grid, numbers, options | {"K": k})
+
+
+def _table(prior: tuple[float, ...], z: Tensor) -> Tensor:
+    """The prior where kernels read it; anything where it is 1."""
+    return z if set(prior) == {1.0} else _prior_table(prior, z.device)
 
 
 def forward(logits: Tensor, evidence: str, prior: tuple[float, ...], measures: tuple[str, ...]) -> list[Tensor]:
@@ -577,7 +579,10 @@ def forward(logits: Tensor, evidence: str, prior: tuple[float, ...], measures: t
     }
     z = flat(logits)
     pointers = [outputs.get(m, z) for m in MEASURES]
-    _launch((forward_kernel, forward_wide_kernel), z, evidence, prior, pointers, (), measures)
+    kernels = (forward_kernel, forward_wide_kernel)
+    launch = _launch(kernels, z.shape, z.stride(), evidence, prior, z.device, measures)
+    with torch.cuda.device_of(z):
+        launch(z, _table(prior, z), *pointers)
     return [outputs[m] for m in measures]
 
 
@@ -589,8 +594,11 @@ def backward(
     z, out = flat(logits), flat(result)
     up = {m: flat(g) if m == "probability" else g.contiguous() for m, g in zip(measures, grads, strict=True)}
     pointers = [*(up.get(m, z) for m in MEASURES), out]
-    strides = (*up.get("probability", z).stride(), *out.stride())
-    _launch((backward_kernel, backward_wide_kernel), z, evidence, prior, pointers, strides, measures)
+    strides = (*z.stride(), *up.get("probability", z).stride(), *out.stride())
+    kernels = (backward_kernel, backward_wide_kernel)
+    launch = _launch(kernels, z.shape, strides, evidence, prior, z.device, measures)
+    with torch.cuda.device_of(z):
+        launch(z, _table(prior, z), *pointers)
     return result
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.kernel_lib.inductor import serve
 from sure_kernels.kernel_lib.launch import gradient_format
 from sure_kernels.ops.dirichlet import closed_form, compiled
 
 
-@torch.library.custom_op("sure_kernels::dirichlet_uncertainty", mutates_args=())
+@custom_op("sure_kernels::dirichlet_uncertainty")
 def dirichlet_forward(
     logits: Tensor, evidence: str, prior: Sequence[float], measures: str, backend: str
 ) -> list[Tensor]:
@@ -37,7 +38,7 @@ def _(logits, evidence, prior, measures, backend):
     ]
 
 
-@torch.library.custom_op("sure_kernels::dirichlet_uncertainty_backward", mutates_args=())
+@custom_op("sure_kernels::dirichlet_uncertainty_backward")
 def dirichlet_backward(
     grads: Sequence[Tensor],
     logits: Tensor,

@@ -43,7 +43,15 @@ from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib import device_taps as taps
 from sure_kernels.kernel_lib import labels
 from sure_kernels.kernel_lib.chunks import flat
-from sure_kernels.kernel_lib.launch import axis_scales, cdiv, centre_tap, gradient_format, march_length, warps_on
+from sure_kernels.kernel_lib.launch import (
+    Launch,
+    axis_scales,
+    cdiv,
+    centre_tap,
+    gradient_format,
+    march_length,
+    warps_on,
+)
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients, number_of_sums
@@ -850,13 +858,17 @@ _FINALISE_ROWS, _FINALISE_WARPS = 16, 1
 NUM_WARPS = 4
 
 
+# Operator, spacing, padding mode and channel reduction.
+Filter = tuple[str, tuple[float, ...], str, str]
+
+
 class Source(NamedTuple):
-    """What the supervised loss reads besides: the image and its filter (operator, spacing, padding mode, channel
-    reduction), or where `cached` the gradient magnitude as `image`."""
+    """What the supervised loss reads besides: the image and its filter, or where `cached` the gradient magnitude as
+    `image`."""
 
     band: Tensor
     image: Tensor
-    filter: tuple[str, tuple[float, ...], str, str]
+    filter: Filter
     cached: bool
 
 
@@ -872,61 +884,69 @@ def table(formula: Formula, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-class _Launch(NamedTuple):
-    """The arguments that both sweeps share, and their grid; `many` says that they loop over the classes."""
-
-    many: bool
-    grid: tuple[int, int]
-    inputs: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    scalars: tuple[float, ...]
-    options: dict[str, Any]
-
-
-def _launch(logits: Tensor, target: Tensor, mask: Tensor | None, formula: Formula, source: Source | None) -> _Launch:
-    n, k, *spatial = logits.shape
+def _inputs(
+    logits: Tensor, target: Tensor, mask: Tensor | None, formula: Formula, source: Source | None
+) -> tuple[tuple[Tensor, ...], Filter | None]:
+    """The tensors that both sweeps read, logits flattened first, and the filter that they are left to apply."""
     # A view where the spatial axes are evenly spaced, else a contiguous copy.
     z = flat(logits)
-    voxels = z.shape[2]
-    many = k > MOST_UNROLLED
-    gradient, band, image = NO_GRADIENT, z, z
+    band, image, filter_ = z, z, None
     if source is not None:
-        gradient, band, image = CACHED, source.band.contiguous(), source.image.contiguous()
-    filtered = source is not None and not source.cached
-    if many and filtered and source is not None:
-        image = gradient_magnitude.forward(image, *source.filter, 0.0)
-        filtered = False
-    inputs = (
-        z,
-        target.contiguous(),
-        z if mask is None else mask.contiguous().view(torch.uint8),
-        band,
-        image,
-        table(formula, logits.device),
-    )
-    scalars = (float(k if formula.official else 1), float(formula.official))
+        band, image = source.band.contiguous(), source.image.contiguous()
+        if not source.cached and z.shape[1] > MOST_UNROLLED:
+            image = gradient_magnitude.forward(image, *source.filter, 0.0)
+        elif not source.cached:
+            filter_ = source.filter
+    labels = target.contiguous()
+    counted = z if mask is None else mask.contiguous().view(torch.uint8)
+    return (z, labels, counted, band, image, table(formula, logits.device)), filter_
+
+
+@functools.lru_cache(maxsize=256)
+def _launch(
+    backward: bool,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    formula: Formula,
+    masked: bool,
+    ignore_index: int,
+    supervised: bool,
+    filter_: Filter | None,
+    channels: int,
+    device: torch.device,
+) -> Launch:
+    """A sweep over logits of this shape; `strides` are those of the flattened logits, of dz, and of coefficients.
+
+    `channels` are the image's, where it is filtered.
+    """
+    n, k, *spatial = shape
+    voxels = math.prod(spatial)
+    gradient = CACHED if supervised else NO_GRADIENT
+    prior_sum = math.fsum(formula.prior)
+    scalars = (ignore_index, prior_sum, *(() if backward else (math.lgamma(prior_sum),)))
+    scalars += (float(k if formula.official else 1), float(formula.official))
     options: dict[str, Any] = {
         "KIND": formula.kind,
         "EVIDENCE": formula.evidence,
         "BELOW_ONE": formula.below_one,
-        "HAS_MASK": mask is not None,
-        "num_warps": warps_on(NUM_WARPS, logits.device),
+        "HAS_MASK": masked,
+        "num_warps": warps_on(NUM_WARPS, device),
     }
-    if many:
+    if k > MOST_UNROLLED:
         options |= {"GRADIENT": gradient, "BLOCK": _MANY_BLOCK}
-        grid = (cdiv(voxels, _MANY_BLOCK), n)
-        return _Launch(True, grid, inputs, (voxels, k, *z.stride()), scalars, options)
+        many = many_gradient_kernel if backward else many_sums_kernel
+        return Launch(many, (cdiv(voxels, _MANY_BLOCK), n), (voxels, k, *strides, *scalars), options)
 
     depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-    channels, dims, scales, centre, padding, reduction = 1, 3, (0.0, 0.0, 0.0), 0.0, "replicate", "l2"
-    if filtered and source is not None:
-        operator, spacing, padding, reduction = source.filter
+    dims, scales, centre, padding, reduction = 3, (0.0, 0.0, 0.0), 0.0, "replicate", "l2"
+    if filter_ is not None:
+        operator, spacing, padding, reduction = filter_
         scales, centre = axis_scales(operator, spacing), centre_tap(operator)
-        gradient, channels, dims = FILTERED, image.shape[1], len(spatial)
+        gradient, dims = FILTERED, len(spatial)
         if channels == 1 and dims == 3:
             gradient, reduction = MARCHED, "l2"
     block = block_size(k, gradient)
-    if filtered:
+    if filter_ is not None:
         plane, planes, march = height * width, depth, march_length(n * voxels, depth)
     else:
         plane, planes = block, cdiv(voxels, block)
@@ -942,9 +962,15 @@ def _launch(logits: Tensor, target: Tensor, mask: Tensor | None, formula: Formul
         "REDUCTION": reduction,
         "BLOCK": block,
     }
-    grid = (cdiv(plane, block) * cdiv(planes, march), n)
-    sizes = (voxels, plane, planes, march, channels, depth, height, width, *z.stride())
-    return _Launch(False, grid, inputs, sizes, (*scalars, *scales), options)
+    sizes = (voxels, plane, planes, march, channels, depth, height, width)
+    kernel = gradient_kernel if backward else sums_kernel
+    return Launch(kernel, (cdiv(plane, block) * cdiv(planes, march), n), (*sizes, *strides, *scalars, *scales), options)
+
+
+@functools.lru_cache(maxsize=256)
+def _reduction(rows: int, programs: int, device: torch.device) -> Launch:
+    options = {"BLOCK": _REDUCE_BLOCK, "num_warps": warps_on(NUM_WARPS, device)}
+    return Launch(reduce_kernel, (rows,), (programs,), options)
 
 
 def sums(
@@ -956,20 +982,17 @@ def sums(
     source: Source | None = None,
 ) -> Tensor:
     """Sums of each image, (N, number_of_sums) float64. `target` and `mask` are (N, *spatial)."""
-    launch = _launch(logits, target, mask, formula, source)
-    n = logits.shape[0]
-    columns = number_of_sums(formula.k, source is not None)
-    programs = launch.grid[0]
-    partial = torch.empty((n, columns, programs), dtype=torch.float64, device=logits.device)
-    result = torch.empty((n, columns), dtype=torch.float64, device=logits.device)
-    prior_sum = math.fsum(formula.prior)
+    inputs, filter_ = _inputs(logits, target, mask, formula, source)
+    supervised, device, n = source is not None, logits.device, logits.shape[0]
+    channels = 1 if filter_ is None else inputs[4].shape[1]
+    options = (formula, mask is not None, ignore_index, supervised, filter_, channels, device)
+    sweep = _launch(False, logits.shape, inputs[0].stride(), *options)
+    columns, programs = number_of_sums(formula.k, supervised), sweep.grid[0]
+    partial = torch.empty((n, columns, programs), dtype=torch.float64, device=device)
+    result = torch.empty((n, columns), dtype=torch.float64, device=device)
     with torch.cuda.device_of(logits):
-        (many_sums_kernel if launch.many else sums_kernel)[launch.grid](
-            *launch.inputs, partial, *launch.sizes,
-            ignore_index, prior_sum, math.lgamma(prior_sum), *launch.scalars, **launch.options,
-        )  # fmt: skip
-        warps = launch.options["num_warps"]
-        reduce_kernel[(n * columns,)](partial, result, programs, BLOCK=_REDUCE_BLOCK, num_warps=warps)
+        sweep(*inputs, partial)
+        _reduction(n * columns, programs, device)(partial, result)
     return result
 
 
@@ -989,15 +1012,15 @@ def gradient(
     `coefficients` is (N, number_of_coefficients) float32, or one row for all images; `upstream` the 0-d gradient of
     the loss, which multiplies them on the device; `means` (N, 2) float32 where supervised.
     """
-    launch = _launch(logits, target, mask, formula, source)
+    inputs, filter_ = _inputs(logits, target, mask, formula, source)
+    channels = 1 if filter_ is None else inputs[4].shape[1]
     result = torch.empty_like(logits, memory_format=gradient_format(logits))
     out = flat(result)
+    strides = (*inputs[0].stride(), *out.stride(), coefficients.stride(0) if len(coefficients) > 1 else 0)
+    options = (formula, mask is not None, ignore_index, source is not None, filter_, channels, logits.device)
+    sweep = _launch(True, logits.shape, strides, *options)
     with torch.cuda.device_of(logits):
-        (many_gradient_kernel if launch.many else gradient_kernel)[launch.grid](
-            *launch.inputs, coefficients, coefficients if means is None else means, upstream, out,
-            *launch.sizes, *out.stride(), coefficients.stride(0) if len(coefficients) > 1 else 0,
-            ignore_index, math.fsum(formula.prior), *launch.scalars, **launch.options,
-        )  # fmt: skip
+        sweep(*inputs, coefficients, coefficients if means is None else means, upstream, out)
     return result
 
 
@@ -1022,6 +1045,12 @@ def finalise_options(formula: Formula, weights: Weights) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=256)
+def _finaliser(images: int, formula: Formula, weights: Weights, device: torch.device) -> Launch:
+    numbers = (images, weights.ace, weights.kl, weights.dice)
+    return Launch(finalise_kernel, (1,), numbers, finalise_options(formula, weights))
+
+
 def finalise(sums: Tensor, formula: Formula, weights: Weights) -> Finalised:
     """`closed_form.finalise` in one launch, for the sums (N, number_of_sums) of one process."""
     device = sums.device
@@ -1030,11 +1059,10 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights) -> Finalised:
         torch.empty(3, dtype=torch.float32, device=device),
         torch.empty((1, number_of_coefficients(formula.k, supervised=False)), dtype=torch.float32, device=device),
     )
+    # Without the weights, which may change at every step.
+    launch = _finaliser(len(sums), formula, weights._replace(ace=0.0, kl=0.0, dice=0.0), device)
     with torch.cuda.device_of(sums):
-        finalise_kernel[(1,)](
-            sums, table(formula, device), *out, len(sums),
-            weights.ace, weights.kl, weights.dice, **finalise_options(formula, weights),
-        )  # fmt: skip
+        launch(sums, table(formula, device), *out, numbers=(len(sums), weights.ace, weights.kl, weights.dice))
     return out
 
 

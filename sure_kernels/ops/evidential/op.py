@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.kernel_lib.distributed import all_reduced, world_size
 from sure_kernels.kernel_lib.inductor import serve
 from sure_kernels.kernel_lib.labels import pack_labels
@@ -22,7 +23,7 @@ from sure_kernels.ops.evidential import closed_form, compiled
 from sure_kernels.ops.evidential.closed_form import Formula, Weights
 
 
-@torch.library.custom_op("sure_kernels::evidential_sums", mutates_args=())
+@custom_op("sure_kernels::evidential_sums")
 def evidential_sums(
     logits: Tensor,
     labels: Tensor,
@@ -49,7 +50,7 @@ def _(logits, *options):
     return logits.new_empty((logits.shape[0], columns), dtype=torch.float64)
 
 
-@torch.library.custom_op("sure_kernels::evidential_finalise", mutates_args=())
+@custom_op("sure_kernels::evidential_finalise")
 def evidential_finalise(
     sums: Tensor,
     ace_weight: float,
@@ -78,7 +79,7 @@ def _(sums, ace_weight, kl_weight, dice_weight, dice_form, include_background, k
     return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), row))
 
 
-@torch.library.custom_op("sure_kernels::evidential_gradient", mutates_args=())
+@custom_op("sure_kernels::evidential_gradient")
 def evidential_gradient(
     logits: Tensor,
     labels: Tensor,

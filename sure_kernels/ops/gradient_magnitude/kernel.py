@@ -24,6 +24,8 @@ Instructions a voxel in the marching loops, 3D Sobel, bfloat16, replicate (extra
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +43,15 @@ from sure_kernels.kernel_lib.device_taps import (
     plane_position,
     voxel_gradient,
 )
-from sure_kernels.kernel_lib.launch import as_volume, axis_scales, centre_tap, march_grid, march_length, warps_on
+from sure_kernels.kernel_lib.launch import (
+    Launch,
+    as_volume,
+    axis_scales,
+    centre_tap,
+    march_grid,
+    march_length,
+    warps_on,
+)
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 
 # Voxels of a plane that one program handles: two a thread where registers allow it.
@@ -260,35 +270,61 @@ def _adjoint_kernel(
             inner1, across1 = inner2, across2
 
 
+@functools.lru_cache(maxsize=256)
 def _sweep(
-    image: Tensor,
-    grad: Tensor | None,
-    out: Tensor,
+    backward: bool,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
     operator: str,
     spacing: tuple[float, ...],
     mode: str,
     reduction: str,
     eps: float,
-) -> None:
-    x = as_volume(image)
-    up = x if grad is None else as_volume(grad)
-    n, channels, *sizes = x.shape
-    steps = march_length(x[:, 0].numel(), sizes[0])
+    device: torch.device,
+) -> Launch:
+    """From a volume of this shape (N, M, D, H, W); `strides` are those of the volume and, but for M, of `grad`."""
+    n, channels, *sizes = shape
+    steps = march_length(n * math.prod(sizes), sizes[0])
     block = BLOCK_ONE_CHANNEL if channels == 1 else BLOCK_CHANNELS
-    with torch.cuda.device_of(image):
-        _sweep_kernel[march_grid(n, sizes, steps, block)](
-            x, up, out, channels, *sizes, steps,
-            *x.stride(), *(up.stride(i) for i in (0, 2, 3, 4)), *axis_scales(operator, spacing), eps,
-            BACKWARD=grad is not None, DIMS=image.ndim - 2, CHANNELS=reduction if channels > 1 else "one",
-            CENTRE=centre_tap(operator), PADDING=mode, BLOCK=block, num_warps=warps_on(NUM_WARPS, image.device),
-        )  # fmt: skip
+    options = {
+        "BACKWARD": backward,
+        "DIMS": len(spacing),
+        "CHANNELS": reduction if channels > 1 else "one",
+        "CENTRE": centre_tap(operator),
+        "PADDING": mode,
+        "BLOCK": block,
+        "num_warps": warps_on(NUM_WARPS, device),
+    }
+    numbers = (channels, *sizes, steps, *strides, *axis_scales(operator, spacing), eps)
+    return Launch(_sweep_kernel, march_grid(n, sizes, steps, block), numbers, options)
+
+
+@functools.lru_cache(maxsize=256)
+def _adjoint(
+    volumes: int, shape: tuple[int, ...], operator: str, spacing: tuple[float, ...], mode: str, device: torch.device
+) -> Launch:
+    """From components of volumes of `shape` (D, H, W)."""
+    steps = march_length(volumes * math.prod(shape), shape[0])
+    options = {
+        "DIMS": len(spacing),
+        "CENTRE": centre_tap(operator),
+        "PADDING": mode,
+        "BLOCK": BLOCK_ADJOINT,
+        "num_warps": warps_on(NUM_WARPS, device),
+    }
+    numbers = (*shape, steps, *axis_scales(operator, spacing))
+    return Launch(_adjoint_kernel, march_grid(volumes, shape, steps, BLOCK_ADJOINT), numbers, options)
 
 
 def forward(image: Tensor, operator: str, spacing: tuple[float, ...], mode: str, reduction: str, eps: float) -> Tensor:
     """(N, M, *spatial) -> (N, 1, *spatial), float32."""
-    n, _, *spatial = image.shape
-    out = torch.empty((n, 1, *spatial), dtype=torch.float32, device=image.device)
-    _sweep(image, None, out, operator, spacing, mode, reduction, eps)
+    x = as_volume(image)
+    out = torch.empty((len(x), 1, *image.shape[2:]), dtype=torch.float32, device=image.device)
+    s_n, _, *s_voxel = x.stride()
+    strides = (*x.stride(), s_n, *s_voxel)
+    launch = _sweep(False, x.shape, strides, operator, spacing, mode, reduction, eps, image.device)
+    with torch.cuda.device_of(image):
+        launch(x, x, out)
     return out
 
 
@@ -297,18 +333,17 @@ def backward(
 ) -> Tensor:
     """Gradient with respect to the image, contiguous, in its dtype."""
     n, channels, *spatial = image.shape
-    dims = len(spatial)
-    components = torch.empty((n, channels, dims, *spatial), dtype=torch.float32, device=image.device)
-    _sweep(image, grad, components, operator, spacing, mode, reduction, eps)
-    result = torch.empty((n, channels, *spatial), dtype=image.dtype, device=image.device)
-    sizes = as_volume(result).shape[2:]
-    steps = march_length(result[:, 0].numel(), sizes[0])
+    device = image.device
+    x, up = as_volume(image), as_volume(grad)
+    s_n, _, *s_voxel = up.stride()
+    components = torch.empty((n, channels, len(spatial), *spatial), dtype=torch.float32, device=device)
+    result = torch.empty((n, channels, *spatial), dtype=image.dtype, device=device)
+    strides = (*x.stride(), s_n, *s_voxel)
+    sweep = _sweep(True, x.shape, strides, operator, spacing, mode, reduction, eps, device)
+    adjoint = _adjoint(n * channels, x.shape[2:], operator, spacing, mode, device)
     with torch.cuda.device_of(image):
-        _adjoint_kernel[march_grid(n * channels, sizes, steps, BLOCK_ADJOINT)](
-            components, result, *sizes, steps, *axis_scales(operator, spacing),
-            DIMS=dims, CENTRE=centre_tap(operator), PADDING=mode, BLOCK=BLOCK_ADJOINT,
-            num_warps=warps_on(NUM_WARPS, image.device),
-        )  # fmt: skip
+        sweep(x, up, components)
+        adjoint(components, result)
     return result
 
 

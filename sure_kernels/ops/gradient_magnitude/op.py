@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.kernel_lib.inductor import serve
 from sure_kernels.ops.gradient_magnitude import closed_form, compiled
 
@@ -25,7 +26,7 @@ def magnitude(
     return serve(backend, compiled.forward, closed_form.forward, *options)
 
 
-@torch.library.custom_op("sure_kernels::gradient_magnitude", mutates_args=())
+@custom_op("sure_kernels::gradient_magnitude")
 def gradient_magnitude_forward(
     image: Tensor,
     operator: str,
@@ -45,7 +46,7 @@ def _(image, operator, spacing, padding_mode, channel_reduction, eps, backend):
     return image.new_empty((n, 1, *spatial), dtype=dtype)
 
 
-@torch.library.custom_op("sure_kernels::gradient_magnitude_backward", mutates_args=())
+@custom_op("sure_kernels::gradient_magnitude_backward")
 def gradient_magnitude_backward(
     grad: Tensor,
     image: Tensor,

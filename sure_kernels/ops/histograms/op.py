@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.ops.histograms import closed_form, reference
 from sure_kernels.ops.histograms.reference import BINS, HALF, Parts
 
@@ -22,7 +23,7 @@ def _implementation(backend: str) -> ModuleType:
     return closed_form
 
 
-@torch.library.custom_op("sure_kernels::binary_histogram", mutates_args=())
+@custom_op("sure_kernels::binary_histogram")
 def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     return _implementation(backend).binary_histogram(value, flag, counted)
 
@@ -33,7 +34,7 @@ def _(value, flag, counted, backend):
     return counts, value.new_empty(value.shape[:1], dtype=torch.int64)
 
 
-@torch.library.custom_op("sure_kernels::segmentation_histograms", mutates_args=())
+@custom_op("sure_kernels::segmentation_histograms")
 def segmentation_histograms(
     probability: Tensor,
     target: Tensor,

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.ops.noise import closed_form
 from sure_kernels.ops.noise.closed_form import Terms, number_of_rows
 
 
-@torch.library.custom_op("sure_kernels::noise_sums", mutates_args=())
+@custom_op("sure_kernels::noise_sums")
 def noise_sums(
     maps: Sequence[Tensor],
     levels: Tensor,
@@ -38,7 +39,7 @@ def _(maps, levels, distance, *options):
     return distance.new_empty((number_of_rows(len(maps)), 2), dtype=torch.float64)
 
 
-@torch.library.custom_op("sure_kernels::noise_gradient", mutates_args=())
+@custom_op("sure_kernels::noise_gradient")
 def noise_gradient(
     maps: Sequence[Tensor],
     levels: Tensor,

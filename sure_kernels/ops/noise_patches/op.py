@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.ops.noise_patches import closed_form
 
 
-@torch.library.custom_op("sure_kernels::patch_centres", mutates_args=())
+@custom_op("sure_kernels::patch_centres")
 def patch_centres(
     priority: Tensor, target: Tensor, candidates: Tensor, num_classes: int, patches_per_class: int, patch_size: int
 ) -> Tensor:
@@ -21,7 +22,7 @@ def _(priority, target, candidates, num_classes, patches_per_class, patch_size):
     return target.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("sure_kernels::add_patches", mutates_args=())
+@custom_op("sure_kernels::add_patches")
 def add_patches(image: Tensor, centres: Tensor, noise: Tensor, patch_size: int) -> Tensor:
     return closed_form.add_patches(image, centres, noise, patch_size)
 

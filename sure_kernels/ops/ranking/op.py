@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.kernel_lib.distributed import all_reduced, world_size
 from sure_kernels.ops.ranking import closed_form
 
@@ -25,7 +26,7 @@ class Method(NamedTuple):
     official: bool
 
 
-@torch.library.custom_op("sure_kernels::pairwise_ranking", mutates_args=())
+@custom_op("sure_kernels::pairwise_ranking")
 def pairwise_ranking(
     values: Tensor,
     scores: Tensor,

@@ -10,6 +10,7 @@ boundary voxels in an image and N images, where C > 0:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases
+from sure_kernels.kernel_lib.launch import Launch
 from sure_kernels.ops.evidential import kernel as evidential
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients
 from sure_kernels.ops.ranking.reference import FLAT
@@ -114,6 +116,12 @@ class Finalised(NamedTuple):
     means: Tensor
 
 
+@functools.lru_cache(maxsize=256)
+def _finaliser(images: int, formula: Formula, weights: Weights, correlation: bool, device: torch.device) -> Launch:
+    options = {"CORRELATION": correlation, **evidential.finalise_options(formula, weights)}
+    return Launch(finalise_kernel, (1,), (images, *(0.0,) * 7), options)
+
+
 def finalise(sums: Tensor, formula: Formula, weights: Weights, supervision: Supervision) -> Finalised:
     """`finalise` of both closed forms in one launch, for the sums (N, number_of_sums) of one process."""
     n, device = len(sums), sums.device
@@ -123,13 +131,15 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights, supervision: Supe
         torch.empty((n, number_of_coefficients(formula.k, supervised=True)), dtype=torch.float32, device=device),
         torch.empty((n, 2), dtype=torch.float32, device=device),
     )
+    numbers = (
+        n, weights.ace, weights.kl, weights.dice, supervision.gradient_weight, supervision.far_weight,
+        1.0 if supervision.relation == "decreasing" else -1.0, supervision.margin,
+    )  # fmt: skip
+    # Without the weights, which may change at every step.
+    fixed = weights._replace(ace=0.0, kl=0.0, dice=0.0)
+    launch = _finaliser(n, formula, fixed, supervision.form == "correlation", device)
     with torch.cuda.device_of(sums):
-        finalise_kernel[(1,)](
-            sums, evidential.table(formula, device), *out, n,
-            weights.ace, weights.kl, weights.dice, supervision.gradient_weight, supervision.far_weight,
-            1.0 if supervision.relation == "decreasing" else -1.0, supervision.margin,
-            CORRELATION=supervision.form == "correlation", **evidential.finalise_options(formula, weights),
-        )  # fmt: skip
+        launch(sums, evidential.table(formula, device), *out, numbers=numbers)
     return out
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sure_kernels.kernel_lib.chunks import working_dtype
+from sure_kernels.kernel_lib.custom_op import custom_op
 from sure_kernels.kernel_lib.distributed import all_reduced, world_size
 from sure_kernels.kernel_lib.inductor import serve
 from sure_kernels.kernel_lib.labels import BOUNDARY, counted_voxels, pack_labels
@@ -51,7 +52,7 @@ def _magnitude(
     return magnitude(image, operator, spacing, mode, reduction, 0.0, backend).flatten(1)
 
 
-@torch.library.custom_op("sure_kernels::supervised_sums", mutates_args=())
+@custom_op("sure_kernels::supervised_sums")
 def supervised_sums(
     logits: Tensor,
     labels: Tensor,
@@ -87,7 +88,7 @@ def _(logits, *options):
     return logits.new_empty((logits.shape[0], columns), dtype=torch.float64)
 
 
-@torch.library.custom_op("sure_kernels::supervised_finalise", mutates_args=())
+@custom_op("sure_kernels::supervised_finalise")
 def supervised_finalise(
     sums: Tensor,
     gradient_weight: float,
@@ -123,7 +124,7 @@ def _(sums, *options):
     return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((), (5,), rows, (n, 2)))
 
 
-@torch.library.custom_op("sure_kernels::supervised_gradient", mutates_args=())
+@custom_op("sure_kernels::supervised_gradient")
 def supervised_gradient(
     logits: Tensor,
     labels: Tensor,
