@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ from sure_kernels.kernel_lib.taps import SMOOTHING
 _LONG_MARCH, _SHORT_MARCH = 32, 8
 # From this many voxels on there are programs enough to march far.
 _LARGE_VOLUME = 1 << 22
+
+
+# Launches kept of each kind; a training that sees more shapes makes some of them again.
+_KEPT = 256
+_plans: list[Any] = []
+_P = ParamSpec("_P")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -42,7 +48,7 @@ class Launch:
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], options: dict[str, Any]) -> None:
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         self._found: dict[tuple[tuple[torch.dtype, int], ...], Callable[..., None]] = {}
-        self._constants = tuple(options[name] for name in kernel.arg_names if name in options)
+        self._constants: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor, numbers: tuple[float, ...] | None = None) -> None:
         """Launch on the current device and stream; `numbers` differ from the usual ones in floats alone."""
@@ -55,7 +61,21 @@ class Launch:
         compiled = self.kernel[self.grid](*tensors, *numbers, **self.options)
         # Nothing in the interpreter. For AMD's GPUs Triton looks at the tensors' sizes as well.
         if compiled is not None and torch.version.hip is None:
+            self._constants = tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
             self._found[key] = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def planned(plan: Callable[_P, Launch]) -> Callable[_P, Launch]:
+    """Decorator of functions that plan a launch from hashable arguments: done once for equal ones."""
+    kept = functools.lru_cache(maxsize=_KEPT)(plan)
+    _plans.append(kept)
+    return cast("Callable[_P, Launch]", kept)
+
+
+def forget_plans() -> None:
+    """Plan every launch anew: for tests that change what plans are made of."""
+    for kept in _plans:
+        kept.cache_clear()
 
 
 def warps_of(number: int, lanes: int) -> int:

@@ -4,7 +4,8 @@
 - Without one: in Triton's interpreter, on the CPU. TRITON_INTERPRET=1 must be set before triton is imported, which any
   other test may have done; so `tests/test_kernels_interpreted.py` runs this folder in processes of its own.
   By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels
-- Offline compilation (`test_compile_check.py`, `test_launches.py`) runs everywhere but in the interpreter's process.
+- Offline compilation (`test_compile_check.py`, `test_launches.py`, `test_planned_launches.py`) runs everywhere but in
+  the interpreter's process.
 - `test_gpu_kernel.py` needs a GPU for its full sizes; the interpreter runs the same code at tiny ones.
 """
 
@@ -17,12 +18,13 @@ import pytest
 import torch
 
 import sure_kernels as sk
+from sure_kernels.kernel_lib.launch import forget_plans
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 if INTERPRETED:
-    collect_ignore_glob = ["test_compile_check.py", "test_launches.py"]
+    collect_ignore_glob = ["test_compile_check.py", "test_launches.py", "test_planned_launches.py"]
 elif not HAS_GPU:
     # But for the tests that only a GPU can run in full: skipped by name, so that nobody takes them for run.
     collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*_kernel.py") if p.name != "test_gpu_kernel.py"]
@@ -37,6 +39,20 @@ def device() -> str:
 def triton_backend():
     with sk.backend("triton"):
         yield
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch):
+    """Launches are planned once for equal arguments: what a test changes about them has to show at once."""
+    change = monkeypatch.setattr
+
+    def changed(*args, **kwargs):
+        change(*args, **kwargs)
+        forget_plans()
+
+    monkeypatch.setattr = changed
+    yield monkeypatch
+    forget_plans()
 
 
 # Elements before and after what torch.empty returns where `poisoned_memory` watches.

@@ -38,7 +38,7 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib.chunks import flat
-from sure_kernels.kernel_lib.launch import Launch, cdiv, gradient_format, warps_on
+from sure_kernels.kernel_lib.launch import Launch, cdiv, gradient_format, planned, warps_on
 from sure_kernels.kernel_lib.special import EVIDENCE
 from sure_kernels.ops.dirichlet.reference import MEASURES
 
@@ -536,7 +536,7 @@ def _prior_table(prior: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(prior, dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(maxsize=256)
+@planned
 def _launch(
     kernels: tuple[Any, Any],
     shape: tuple[int, ...],

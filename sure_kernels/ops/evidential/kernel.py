@@ -50,6 +50,7 @@ from sure_kernels.kernel_lib.launch import (
     centre_tap,
     gradient_format,
     march_length,
+    planned,
     warps_on,
 )
 from sure_kernels.kernel_lib.special import EVIDENCE
@@ -902,7 +903,7 @@ def _inputs(
     return (z, labels, counted, band, image, table(formula, logits.device)), filter_
 
 
-@functools.lru_cache(maxsize=256)
+@planned
 def _launch(
     backward: bool,
     shape: tuple[int, ...],
@@ -967,7 +968,7 @@ def _launch(
     return Launch(kernel, (cdiv(plane, block) * cdiv(planes, march), n), (*sizes, *strides, *scalars, *scales), options)
 
 
-@functools.lru_cache(maxsize=256)
+@planned
 def _reduction(rows: int, programs: int, device: torch.device) -> Launch:
     options = {"BLOCK": _REDUCE_BLOCK, "num_warps": warps_on(NUM_WARPS, device)}
     return Launch(reduce_kernel, (rows,), (programs,), options)
@@ -1045,7 +1046,7 @@ def finalise_options(formula: Formula, weights: Weights) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=256)
+@planned
 def _finaliser(images: int, formula: Formula, weights: Weights, device: torch.device) -> Launch:
     numbers = (images, weights.ace, weights.kl, weights.dice)
     return Launch(finalise_kernel, (1,), numbers, finalise_options(formula, weights))

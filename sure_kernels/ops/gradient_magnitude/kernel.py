@@ -24,7 +24,6 @@ Instructions a voxel in the marching loops, 3D Sobel, bfloat16, replicate (extra
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +49,7 @@ from sure_kernels.kernel_lib.launch import (
     centre_tap,
     march_grid,
     march_length,
+    planned,
     warps_on,
 )
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
@@ -270,7 +270,7 @@ def _adjoint_kernel(
             inner1, across1 = inner2, across2
 
 
-@functools.lru_cache(maxsize=256)
+@planned
 def _sweep(
     backward: bool,
     shape: tuple[int, ...],
@@ -299,7 +299,7 @@ def _sweep(
     return Launch(_sweep_kernel, march_grid(n, sizes, steps, block), numbers, options)
 
 
-@functools.lru_cache(maxsize=256)
+@planned
 def _adjoint(
     volumes: int, shape: tuple[int, ...], operator: str, spacing: tuple[float, ...], mode: str, device: torch.device
 ) -> Launch:

@@ -10,7 +10,6 @@ boundary voxels in an image and N images, where C > 0:
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases
-from sure_kernels.kernel_lib.launch import Launch
+from sure_kernels.kernel_lib.launch import Launch, planned
 from sure_kernels.ops.evidential import kernel as evidential
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients
 from sure_kernels.ops.ranking.reference import FLAT
@@ -116,7 +115,7 @@ class Finalised(NamedTuple):
     means: Tensor
 
 
-@functools.lru_cache(maxsize=256)
+@planned
 def _finaliser(images: int, formula: Formula, weights: Weights, correlation: bool, device: torch.device) -> Launch:
     options = {"CORRELATION": correlation, **evidential.finalise_options(formula, weights)}
     return Launch(finalise_kernel, (1,), (images, *(0.0,) * 7), options)
