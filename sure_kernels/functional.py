@@ -138,6 +138,7 @@ def gradient_magnitude(
     return GradientMagnitudeFunction.apply(x, *options, backend)
 
 
+@check.remembered
 def check_filter(
     operator: str,
     spacing: check.Numbers | None,
@@ -193,6 +194,7 @@ def dirichlet_uncertainty(
     return _result_type(names)(*values)
 
 
+@check.remembered
 def check_dirichlet(
     evidence: str, prior: check.Numbers, measures: tuple[str, ...] | list[str] | str, k: int | None = None
 ) -> tuple[str, tuple[float, ...], tuple[str, ...]]:
@@ -229,6 +231,7 @@ class _Common(NamedTuple):
     backend: str
 
 
+@check.remembered
 def check_evidential(
     *,
     kind: str,
@@ -508,6 +511,7 @@ def _band(
     return distance_op.boundary_band(labels, *thresholds, spacing, ignore_index, backend)
 
 
+@check.remembered
 def check_thresholds(boundary: float, near: float, far: float) -> tuple[float, float, float]:
     boundary = check.check_number(boundary, "boundary", largest=check.FLOAT64_MAX)
     near = check.check_number(near, "near", largest=check.FLOAT64_MAX)
@@ -517,6 +521,7 @@ def check_thresholds(boundary: float, near: float, far: float) -> tuple[float, f
     return boundary, near, far
 
 
+@check.remembered
 def check_supervision(
     supervision: str, within_class: bool, gradient_weight: float, far_weight: float, relation: str, margin: float
 ) -> Supervision:

@@ -7,11 +7,12 @@ CPU they run unless SURE_KERNELS_CHECKS=0. Nothing here runs value checks while 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,24 @@ MINIMUM_PRIOR = 1e-3
 FLOAT32_MAX, FLOAT64_MAX = torch.finfo(torch.float32).max, torch.finfo(torch.float64).max
 
 Numbers = float | Sequence[float] | Tensor
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_SIMPLE = {str, int, float, bool, type(None)}
+
+
+def remembered(check: _F) -> _F:
+    """Decorator of a check of options: what plain strings and numbers came out as is not worked out again."""
+    # Typed: True is no 1.
+    kept = functools.lru_cache(maxsize=256, typed=True)(check)
+
+    @functools.wraps(check)
+    def call(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or not all(type(v) in _SIMPLE for v in (*args, *options.values())):
+            return check(*args, **options)
+        return kept(*args, **options)
+
+    return cast("_F", call)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ same function in the end.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,17 @@ from torch import Tensor
 # How many modes (fake tensors, tracing, counters, ...) see every op. Not part of torch's public interface: where it
 # is missing, the dispatcher is always asked.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), str, int, float, bool}
 
 
-def _plain(argument: Any) -> bool:
-    if isinstance(argument, (list, tuple)):
-        return all(map(_plain, argument))
-    return type(argument) in _PLAIN or not isinstance(argument, Tensor)
+def _plain(arguments: Sequence[Any]) -> bool:
+    """Whether no argument, nor one in a list, is a tensor of another class."""
+    for x in arguments:
+        if type(x) in _PLAIN:
+            continue
+        if not isinstance(x, (list, tuple)) or not _plain(x):
+            return False
+    return True
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -37,7 +41,7 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or _modes() or not all(map(_plain, args)):
+            if torch.compiler.is_compiling() or torch.is_grad_enabled() or _modes() or not _plain(args):
                 return op(*args)
             return function(*args)
 
