@@ -235,7 +235,7 @@ def test_packed_labels_are_a_sound_custom_op(k, banded):
     target = torch.randint(-1, k, (2, 5, 7), generator=g)
     mask = torch.rand((2, 5, 7), generator=g) < 0.5
     band = torch.randint(0, 4, (2, 5, 7), generator=g, dtype=torch.uint8) if banded else None
-    torch.library.opcheck(pack_labels, (target, mask, band, k, -1))
+    torch.library.opcheck(pack_labels.op, (target, mask, band, k, -1))
 
 
 def test_every_custom_op_is_checked():
