@@ -164,6 +164,6 @@ def test_custom_ops_are_well_formed():
     checks = ("test_schema", "test_faketensor")
     for maps, mask in ((uncertainty[:, 0], None), (None, target > 0)):
         arguments = (probability, target, mask, maps, -100, 10, True, maps is None, maps is None, True, "eager")
-        torch.library.opcheck(op.segmentation_histograms, arguments, test_utils=checks)
+        torch.library.opcheck(op.segmentation_histograms.op, arguments, test_utils=checks)
     flag = torch.rand(2, 3, 20) < 0.5
     torch.library.opcheck(op.binary_histogram.op, (uncertainty.flatten(1), flag, None, "eager"), test_utils=checks)
