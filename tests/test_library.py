@@ -249,7 +249,8 @@ def test_every_custom_op_is_checked():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "opcheck":
                 op = node.args[0]
-                assert isinstance(op, ast.Attribute) and op.attr == "op", f"{path}: {ast.unparse(node)}"
+                assert isinstance(op, ast.Attribute), f"{path}: {ast.unparse(node)}"
+                assert op.attr == "op", f"{path}: {ast.unparse(node)}"
                 checked.add(op.value.attr if isinstance(op.value, ast.Attribute) else getattr(op.value, "id", ""))
     assert len(defined) > 15
     assert defined <= checked

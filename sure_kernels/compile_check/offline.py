@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from sure_kernels.compile_check import addressing
 from sure_kernels.compile_check.cases import Arguments
-from sure_kernels.kernel_lib.launch import warps_of
+from sure_kernels.kernel_lib.launch import register_limits, warps_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -73,17 +73,27 @@ class Compilation(NamedTuple):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def compile(self) -> Outcome:
+        """What a `Launch` would take: with a limit on registers where it spills without."""
+        outcome = self._compile({})
+        limits = register_limits(outcome.registers) if TARGETS[self.target].backend == "cuda" else ()
+        for limit in limits:
+            if not outcome.spills:
+                break
+            outcome = min(outcome, self._compile({"maxnreg": limit}), key=lambda found: found.spills)
+        return outcome
+
+    def _compile(self, more: dict[str, int]) -> Outcome:
         """Compile, in a cache of its own: as if for the first time, and nothing is left behind."""
         with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
             triton.knobs.cache.dir = folder
             try:
                 source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-                options = {"num_warps": self.num_warps}
+                options = {"num_warps": self.num_warps, **more}
                 binary = triton.compile(source, target=TARGETS[self.target], options=options)
             except Exception as error:  # whatever the compiler raises is the finding
                 return Outcome(error=f"{type(error).__name__}: {str(error).strip() or repr(error)}")
         narrow = tuple(addressing.narrow_products(binary.asm["ttir"]))
-        usage = _amd_usage(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else _nvidia_usage(binary.asm["cubin"])
+        usage = _amd_usage(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else nvidia_usage(binary.asm["cubin"])
         # Some versions report shared memory in the binary, all of them in the metadata.
         return Outcome(usage[0], int(binary.metadata.shared), usage[1], "", narrow)
 
@@ -121,7 +131,7 @@ def _leaves(path: tuple[int, ...], kind: str | tuple[str, ...]) -> list[tuple[tu
     return [(path, kind)] if isinstance(kind, str) else [((*path, i), k) for i, k in enumerate(kind)]
 
 
-def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+def nvidia_usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) of a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:

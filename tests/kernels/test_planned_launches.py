@@ -17,7 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import sure_kernels as sk
+from sure_kernels.compile_check.offline import nvidia_usage
 from sure_kernels.kernel_lib.launch import Launch, forget_plans
+from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_sums
+from sure_kernels.ops.supervised import kernel
+from sure_kernels.ops.supervised.closed_form import Supervision
 from sure_kernels.registry import OPS
 from tests.kernels import toy_kernels
 
@@ -53,7 +57,9 @@ class PretendedGpu:
         return note
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        return 1, 1, 32, 0, 1024
+        """Module, function, registers, words spilled and most threads."""
+        registers, spilled = nvidia_usage(binary)
+        return 1, 1, registers, spilled // 4, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448}
@@ -101,6 +107,29 @@ def test_pointers_and_dtypes_are_told_apart(gpu, monkeypatch):
         launch(given, out)
     assert len(made) == len({id(kernel) for kernel in made}) == 3
     assert len(gpu.launches) == 6
+
+
+@pytest.mark.parametrize("classes", [2, 4, 8])
+def test_spills(gpu, classes, monkeypatch):
+    """A kernel that spills is compiled again for the registers that it took, or a few more."""
+    compiled = []
+    run = type(toy_kernels.sound).run
+    monkeypatch.setattr(type(toy_kernels.sound), "run", lambda *a, **k: compiled.append(run(*a, **k)) or compiled[-1])
+    sums = torch.zeros(2, number_of_sums(classes, supervised=True), dtype=torch.float64)
+    formula = Formula("digamma", "softplus", (1.0,) * classes, (), False)
+    given = (
+        sums,
+        formula,
+        Weights(1.0, 1.0, 1.0, "soft", False),
+        Supervision(1.0, 1.0, "covariance", "decreasing", 0.0),
+    )
+    kernel.finalise(*given)
+    *spilling, taken = compiled
+    assert all(found.n_spills for found in spilling)
+    assert taken.n_spills == 0
+    number = len(gpu.launches)
+    kernel.finalise(*given)
+    assert len(compiled) == number == len(gpu.launches) - 1
 
 
 def tensors(number: int) -> list[tuple[Any, ...]]:

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
-from sure_kernels.kernel_lib.launch import warps_on
+from sure_kernels.kernel_lib.launch import Launch, planned, warps_on
 from sure_kernels.ops.ranking.closed_form import Pairs, Sets, order_and_rank
 
 # Largest set that is looked at pair by pair.
@@ -238,6 +238,12 @@ def _blocks(sizes: list[int], block: int, device: torch.device) -> tuple[Tensor,
     return torch.stack((start, end.repeat_interleave(number), first)).to(device), bounds.to(device)
 
 
+@planned
+def _pairs(blocks: int, tiled: bool, warps: int) -> Launch:
+    options = {"TILED": tiled, "TILE": TILE, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": warps}
+    return Launch(pairs_kernel, (blocks,), (blocks,), options)
+
+
 def violating_pairs(sets: Sets) -> Pairs:
     """`closed_form.violating_pairs`, for values in 32 or 16 bits. Without mask and groups the host does not wait.
 
@@ -264,10 +270,7 @@ def violating_pairs(sets: Sets) -> Pairs:
         set_total = torch.empty(len(sizes), dtype=torch.float64, device=device)
         set_number = torch.empty(len(sizes), dtype=torch.int64, device=device)
         if blocks:
-            pairs_kernel[(blocks,)](
-                rank, scores, value, place, difference, count, table, out, total, number, blocks,
-                TILED=tiled, TILE=TILE, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps,
-            )  # fmt: skip
+            _pairs(blocks, tiled, warps)(rank, scores, value, place, difference, count, table, out, total, number)
         if sizes:
             reduce_kernel[(len(sizes),)](total, number, bounds, set_total, set_number, CHUNK=CHUNK, num_warps=warps)
     return Pairs(out, set_total, set_number)
