@@ -17,15 +17,17 @@ from torch import Tensor
 # How many modes (fake tensors, tracing, counters, ...) see every op. Not part of torch's public interface: where it
 # is missing, the dispatcher is always asked.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), str, int, float, bool}
+_OTHERS = {type(None), str, int, float, bool}
 
 
-def _plain(arguments: Sequence[Any]) -> bool:
-    """Whether no argument, nor one in a list, is a tensor of another class."""
+def _plain(arguments: Sequence[Any], recorded: bool) -> bool:
+    """Whether no argument, nor one in a list, is a tensor of another class or, if `recorded`, requires a gradient."""
     for x in arguments:
-        if type(x) in _PLAIN:
-            continue
-        if not isinstance(x, (list, tuple)) or not _plain(x):
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if recorded and x.requires_grad:
+                return False
+        elif kind not in _OTHERS and not (isinstance(x, (list, tuple)) and _plain(x, recorded)):
             return False
     return True
 
@@ -41,7 +43,7 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or _modes() or not _plain(args):
+            if torch.compiler.is_compiling() or _modes() or not _plain(args, torch.is_grad_enabled()):
                 return op(*args)
             return function(*args)
 

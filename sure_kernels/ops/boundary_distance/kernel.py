@@ -35,7 +35,7 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases
 from sure_kernels.kernel_lib.device_taps import march_program, plane_position
 from sure_kernels.kernel_lib.labels import BOUNDARY, FAR, NEAR, comparable
-from sure_kernels.kernel_lib.launch import cdiv, march_grid, march_length, warps_on
+from sure_kernels.kernel_lib.launch import Launch, cdiv, march_grid, march_length, planned, warps_on
 from sure_kernels.ops.boundary_distance.codes import Codes, choose_codes
 
 BLOCK_BOUNDARY, BLOCK_ROWS = 256, 512
@@ -227,18 +227,39 @@ def _min_plus_kernel(
         tl.store(p_out, tl.where(b_best > limit, _FAR, b_band).to(tl.uint8), mask=m)
 
 
+@planned
+def _boundary_launch(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    codes: Codes,
+    ignored: int | None,
+    wide: bool,
+    signed: bool,
+    dims: int,
+    device: torch.device,
+) -> Launch:
+    """From labels of this shape (N, D, H, W)."""
+    n, *sizes = shape
+    steps = march_length(math.prod(shape), sizes[0])
+    numbers = (*sizes, steps, *strides, 0 if ignored is None else ignored, codes.none)
+    options = {
+        "DIMS": dims,
+        "WIDE": wide,
+        "SIGNED": signed,
+        "USE_IGNORED": ignored is not None,
+        "BLOCK": BLOCK_BOUNDARY,
+        "num_warps": warps_on(NUM_WARPS, device),
+    }
+    return Launch(_boundary_kernel, march_grid(n, sizes, steps, BLOCK_BOUNDARY), numbers, options)
+
+
 def _boundary(target: Tensor, codes: Codes, ignore_index: int) -> Tensor:
     """Contiguous codes (N, *spatial): 0 on the boundary, `none` elsewhere."""
     labels, ignored = comparable(target, ignore_index)
     out = torch.empty(target.shape, dtype=codes.dtype, device=target.device)
     x = labels.unsqueeze(1) if target.ndim == 3 else labels
-    n, *sizes = x.shape
-    steps = march_length(x.numel(), sizes[0])
-    _boundary_kernel[march_grid(n, sizes, steps, BLOCK_BOUNDARY)](
-        x, out, *sizes, steps, *x.stride(), 0 if ignored is None else ignored, codes.none,
-        DIMS=target.ndim - 1, WIDE=labels.dtype == torch.int64, SIGNED=target.dtype.is_signed,
-        USE_IGNORED=ignored is not None, BLOCK=BLOCK_BOUNDARY, num_warps=warps_on(NUM_WARPS, x.device),
-    )  # fmt: skip
+    kind = (labels.dtype == torch.int64, target.dtype.is_signed, target.ndim - 1)
+    _boundary_launch(x.shape, x.stride(), codes, ignored, *kind, x.device)(x, out)
     return out
 
 
@@ -250,29 +271,50 @@ def _tile(axis_stride: int) -> tuple[str, int, int]:
     return "row", block, max(1, block // 256)
 
 
-def _min_plus(x: Tensor, out: Tensor, axis: int, codes: Codes, finish: str, thresholds: tuple[float, float]) -> None:
-    """The pass of (N, *spatial) codes along `axis`; `thresholds` (boundary, near) of a band."""
-    length, stride, steps = x.shape[axis], x.stride(axis), codes.steps[axis - 1]
+@planned
+def _min_plus(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    axis: int,
+    codes: Codes,
+    finish: str,
+    thresholds: tuple[float, float],
+    device: torch.device,
+) -> Launch:
+    """The pass of codes (N, *spatial) along `axis`; `thresholds` (boundary, near) of a band."""
+    length, stride, steps, total = shape[axis], strides[axis], codes.steps[axis - 1], math.prod(shape)
     tile, block, warps = _tile(stride)
-    programs = x.numel() // stride * cdiv(stride, block) if tile == "row" else cdiv(x.numel(), block)
-    _min_plus_kernel[(programs,)](
-        x, out, x.numel(), length, stride, steps,
+    programs = total // stride * cdiv(stride, block) if tile == "row" else cdiv(total, block)
+    numbers = (
+        total, length, stride, steps,
         codes.costs[axis - 1], codes.none, codes.limit, *thresholds, math.sqrt(codes.unit),
-        TILE=tile, FINISH=finish, FLOAT=x.is_floating_point(), CHECKED=steps > _UNCHECKED,
-        BLOCK=block, num_warps=warps_on(warps, x.device),
     )  # fmt: skip
+    options = {
+        "TILE": tile,
+        "FINISH": finish,
+        "FLOAT": codes.dtype == torch.float32,
+        "CHECKED": steps > _UNCHECKED,
+        "BLOCK": block,
+        "num_warps": warps_on(warps, device),
+    }
+    return Launch(_min_plus_kernel, (programs,), numbers, options)
 
 
-def _scan(x: Tensor, codes: Codes) -> None:
-    """The first pass, along the last axis of (N, *spatial) codes, in place."""
-    width = x.shape[-1]
+@planned
+def _scan(shape: tuple[int, ...], codes: Codes, device: torch.device) -> Launch:
+    """The first pass, along the last axis of codes (N, *spatial), in place."""
+    width = shape[-1]
     columns = triton.next_power_of_2(width)
-    rows = x.numel() // width
+    rows = math.prod(shape) // width
     tall = min(_SCAN_TILE // columns, triton.next_power_of_2(rows))
-    _scan_kernel[(cdiv(rows, tall),)](
-        x, rows, width, codes.steps[-1], codes.costs[-1], codes.none,
-        FLOAT=x.is_floating_point(), ROWS=tall, COLUMNS=columns, num_warps=warps_on(NUM_WARPS, x.device),
-    )  # fmt: skip
+    numbers = (rows, width, codes.steps[-1], codes.costs[-1], codes.none)
+    options = {
+        "FLOAT": codes.dtype == torch.float32,
+        "ROWS": tall,
+        "COLUMNS": columns,
+        "num_warps": warps_on(NUM_WARPS, device),
+    }
+    return Launch(_scan_kernel, (cdiv(rows, tall),), numbers, options)
 
 
 def _transform(
@@ -291,13 +333,13 @@ def _transform(
         held = _boundary(target, codes, ignore_index)
         inner = range(target.ndim - 1, 1, -1)
         if target.shape[-1] <= _LONGEST_SCAN:
-            _scan(held, codes)
+            _scan(held.shape, codes, held.device)(held)
             inner = inner[1:]
         for axis in inner:
             passed = torch.empty_like(held)
-            _min_plus(held, passed, axis, codes, "codes", thresholds)
+            _min_plus(held.shape, held.stride(), axis, codes, "codes", thresholds, held.device)(held, passed)
             held = passed
-        _min_plus(held, out, 1, codes, finish, thresholds)
+        _min_plus(held.shape, held.stride(), 1, codes, finish, thresholds, held.device)(held, out)
     return out
 
 

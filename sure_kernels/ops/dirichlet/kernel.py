@@ -538,7 +538,7 @@ def _prior_table(prior: tuple[float, ...], device: torch.device) -> Tensor:
 
 @planned
 def _launch(
-    kernels: tuple[Any, Any],
+    backward: bool,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     evidence: str,
@@ -546,7 +546,7 @@ def _launch(
     device: torch.device,
     measures: tuple[str, ...],
 ) -> Launch:
-    """The kernel of the pair (unrolled, wide) that serves `measures`, on flattened logits (N, K, V)."""
+    """The kernel that serves `measures`, on flattened logits (N, K, V)."""
     n, k, voxels = shape
     flags = sum(_BITS[m] for m in measures)
     block = block_size(k)
@@ -561,8 +561,8 @@ def _launch(
     grid = (n * cdiv(voxels, block),)
     numbers = (voxels, *strides, math.fsum(prior))
     if is_wide(k, flags):
-        return Launch(kernels[1], grid, (k, *numbers), options)
-    return Launch(kernels[0], grid, numbers, options | {"K": k})
+        return Launch(backward_wide_kernel if backward else forward_wide_kernel, grid, (k, *numbers), options)
+    return Launch(backward_kernel if backward else forward_kernel, grid, numbers, options | {"K": k})
 
 
 def _table(prior: tuple[float, ...], z: Tensor) -> Tensor:
@@ -579,8 +579,7 @@ def forward(logits: Tensor, evidence: str, prior: tuple[float, ...], measures: t
     }
     z = flat(logits)
     pointers = [outputs.get(m, z) for m in MEASURES]
-    kernels = (forward_kernel, forward_wide_kernel)
-    launch = _launch(kernels, z.shape, z.stride(), evidence, prior, z.device, measures)
+    launch = _launch(False, z.shape, z.stride(), evidence, prior, z.device, measures)
     with torch.cuda.device_of(z):
         launch(z, _table(prior, z), *pointers)
     return [outputs[m] for m in measures]
@@ -595,8 +594,7 @@ def backward(
     up = {m: flat(g) if m == "probability" else g.contiguous() for m, g in zip(measures, grads, strict=True)}
     pointers = [*(up.get(m, z) for m in MEASURES), out]
     strides = (*z.stride(), *up.get("probability", z).stride(), *out.stride())
-    kernels = (backward_kernel, backward_wide_kernel)
-    launch = _launch(kernels, z.shape, strides, evidence, prior, z.device, measures)
+    launch = _launch(True, z.shape, strides, evidence, prior, z.device, measures)
     with torch.cuda.device_of(z):
         launch(z, _table(prior, z), *pointers)
     return result
