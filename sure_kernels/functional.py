@@ -298,7 +298,7 @@ def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor
 
 def _explain(loss: Tensor, common: _Common, process_group: Any | None, **read: Tensor) -> None:
     """Name the voxel when the loss is not finite because the logits, or what else was `read`, were not."""
-    if not check.values_checked(common.logits) or bool(torch.isfinite(loss)):
+    if not check.values_checked(common.logits) or math.isfinite(loss.item()):
         return
     valid = counted_voxels(common.target, common.ignore_index)
     check.explain_non_finite(common.logits, valid if common.mask is None else valid & common.mask)
@@ -853,7 +853,7 @@ def _ranking(
         loss = PairwiseRankingFunction.apply(
             values, scores.detach(), mask, groups, method, generator, process_group, backend
         )
-    if check.values_checked(values) and not bool(torch.isfinite(loss)):
+    if check.values_checked(values) and not math.isfinite(loss.item()):
         for name, tensor in zip(names, (values, scores), strict=True):
             bad = ~torch.isfinite(tensor) if mask is None else ~torch.isfinite(tensor) & mask
             if bool(bad.any()):
@@ -1266,7 +1266,7 @@ def _noise_names(maps: list[Tensor]) -> dict[str, Tensor]:
 
 def _explain_maps(loss: Tensor, maps: dict[str, Tensor], counted: Tensor | None) -> None:
     """Name the map and voxel when the loss is not finite because a map was not."""
-    if check.values_checked(loss) and not bool(torch.isfinite(loss)):
+    if check.values_checked(loss) and not math.isfinite(loss.item()):
         for name, u in maps.items():
             valid = torch.ones_like(u[:, 0], dtype=torch.bool) if counted is None else counted.view_as(u[:, 0])
             check.explain_non_finite(u, valid, name)
