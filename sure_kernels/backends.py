@@ -42,10 +42,18 @@ TRITON_OPS = (
     "boundary_distance",
     "boundary_band",
 )
-COMPILED_OPS = ("gradient_magnitude", "dirichlet_uncertainty", "evidential_loss", "supervised_evidential_loss")
+COMPILED_OPS = (
+    "gradient_magnitude",
+    "dirichlet_uncertainty",
+    "evidential_loss",
+    "supervised_evidential_loss",
+    "segmentation_histograms",
+)
 # Numbers in the tensor from which on `auto` compiles. A step on 2^20 of them is some 20 ms faster than the eager form
 # on two cores, and compiling loss and gradient takes some 20 s: it pays within a thousand steps, a short training.
 _WORTH_COMPILING = 1 << 20
+# An evaluation scores a hundred volumes, not thousands.
+_WORTH_COMPILING_ONCE = 1 << 22
 # Compiled kernels are written out class by class; more would take minutes to compile.
 _MOST_CLASSES = 32
 # Triton compiles for NVIDIA GPUs from this compute capability on.
@@ -205,7 +213,8 @@ def dispatch(tensor: Tensor, op: str | None = None) -> str:
     if name == AUTO:
         if tensor.device.type == "cuda" and why_not("triton", tensor, op) is None:
             return "triton"
-        return AUTO if tensor.numel() >= _WORTH_COMPILING and _why_not_compiled(tensor, op) is None else "eager"
+        least = _WORTH_COMPILING_ONCE if op == "segmentation_histograms" else _WORTH_COMPILING
+        return AUTO if tensor.numel() >= least and _why_not_compiled(tensor, op) is None else "eager"
     reason = _why_not_compiled(tensor, op) if name == COMPILED else why_not(name, tensor, op)
     if reason is not None:
         raise _unavailable(name, reason)

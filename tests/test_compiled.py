@@ -28,9 +28,11 @@ from tolerances import (
     FLOAT32_GRADIENT_LARGE,
     FLOAT32_MAPS,
     FLOAT32_VALUE,
+    FLOAT64_VALUE,
 )
 
 import sure_kernels as sk
+from sure_kernels import metrics
 from sure_kernels.backends import COMPILED_OPS, dispatch
 from sure_kernels.functional import RELATIONS
 from sure_kernels.kernel_lib import blocks, inductor, special
@@ -40,6 +42,7 @@ from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_
 from sure_kernels.ops.dirichlet.reference import MEASURES
 from sure_kernels.ops.evidential import closed_form as evidential
 from sure_kernels.ops.gradient_magnitude import closed_form as gradient_magnitude
+from sure_kernels.ops.histograms.op import binary_histogram
 from sure_kernels.registry import OPS
 
 # From here on `auto` compiles: the smallest logits of four classes.
@@ -201,6 +204,30 @@ def test_nothing_counted_is_exactly_zero():
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+def test_histograms(dims):
+    """Every part in one kernel, which serves volumes and slices, more than one slab of them."""
+    logits, target, _ = volume(3, (2, 63, 51, 52)[: dims + 1])
+    p = logits.softmax(1).to(torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    u = torch.rand((len(p), 1, *p.shape[2:]), generator=g)
+    u[torch.rand(u.shape, generator=g) < 0.01] = math.nan
+    p[:, 1][torch.rand(target.shape, generator=g) < 0.01] = math.nan
+    mask = torch.rand(target.shape, generator=g) < 0.9
+    names = ("reference", "compiled", "compiled")
+    found = []
+    for name in names:
+        with sk.backend(name):
+            found.append(metrics.segmentation_histograms(p, target, u, mask=mask))
+    expected, got, again = found
+    for a, b, c in zip(got, expected, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=FLOAT64_VALUE, atol=FLOAT64_VALUE)
+        assert torch.equal(a, c)
+    points = (u.flatten(1), (p.argmax(1) != target).flatten(1).unsqueeze(1), mask.flatten(1))
+    for a, b in zip(*(binary_histogram(*points, name) for name in ("reference", "compiled")), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
 def test_dirichlet_uncertainty(dims):
     """All measures in one kernel, which serves volumes and slices."""
     logits, _, _ = volume(3, (2, 23, 21, 22)[: dims + 1])
@@ -312,9 +339,11 @@ def test_custom_ops_are_sound(op):
     from sure_kernels.ops.dirichlet.op import dirichlet_forward
     from sure_kernels.ops.evidential.op import evidential_sums
     from sure_kernels.ops.gradient_magnitude.op import gradient_magnitude_forward
+    from sure_kernels.ops.histograms.op import segmentation_histograms
     from sure_kernels.ops.supervised.op import supervised_sums
 
     logits, _, image = volume(2, (1, 9, 8, 7))
+    target = torch.zeros((1, 9, 8, 7), dtype=torch.int64)
     labels = torch.zeros((1, BLOCK // 2), dtype=torch.uint8)
     banded = torch.zeros((1, 9 * 8 * 7), dtype=torch.uint8)
     filter_ = ("sobel", [1.0, 1.0, 1.0], "replicate", "l2")
@@ -326,6 +355,10 @@ def test_custom_ops_are_sound(op):
         "supervised_evidential_loss": (
             supervised_sums,
             (logits, banded, None, None, -100, image, *filter_, False, *formula),
+        ),
+        "segmentation_histograms": (
+            segmentation_histograms,
+            (logits.softmax(1), target, None, None, -100, 10, True, True, True, True),
         ),
     }
     function, args = samples[op.name]
@@ -356,13 +389,17 @@ def test_forked_workers():
 
 @pytest.mark.parametrize("op", COMPILED_OPS)
 def test_auto_compiles_large_volumes_alone(op):
-    assert sk.get_backend(torch.empty(LARGE), op) == "compiled"
-    assert dispatch(torch.empty(LARGE), op) == "auto"
-    smaller = torch.empty((1, 4, 32, 32, 32))
+    n, k, *spatial = LARGE
+    if op == "segmentation_histograms":  # not every step, but once a volume
+        spatial[0] *= 4
+    large = torch.empty((n, k, *spatial))
+    assert sk.get_backend(large, op) == "compiled"
+    assert dispatch(large, op) == "auto"
+    smaller = large[:, :, 1:].contiguous()
     assert sk.get_backend(smaller, op) == dispatch(smaller, op) == "eager"
-    assert sk.get_backend(torch.empty(LARGE, dtype=torch.float64), op) == "eager"
-    assert sk.get_backend(torch.empty((1, 40, 64, 64, 64)), op) == "eager"
-    assert sk.get_backend(torch.empty(LARGE), "pairwise_ranking_loss") == "eager"
+    assert sk.get_backend(large.double(), op) == "eager"
+    assert sk.get_backend(torch.empty((n, 40, *spatial)), op) == "eager"
+    assert sk.get_backend(large, "pairwise_ranking_loss") == "eager"
 
 
 @pytest.mark.parametrize(

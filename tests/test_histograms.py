@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_compiled import as_python
 from tolerances import FLOAT64_VALUE
 
 import sure_kernels as sk
@@ -102,8 +103,11 @@ def test_sweep_is_its_definition(shape, k, dtype, left_out, num_bins, parts, see
     maps = uncertainty[:, 0] if seed % 3 else None
     before = [t.clone() for t in (probability, target, uncertainty)]
     args = (probability, target, mask, maps, -100, num_bins, *parts)
-    found, expected = (op.segmentation_histograms(*args, backend) for backend in ("eager", "reference"))
-    compare(*(metrics.SegmentationHistograms(*sums) for sums in (found, expected)))
+    expected = metrics.SegmentationHistograms(*op.segmentation_histograms(*args, "reference"))
+    compare(metrics.SegmentationHistograms(*op.segmentation_histograms(*args, "eager")), expected)
+    if dtype != torch.float64:
+        with as_python():
+            compare(metrics.SegmentationHistograms(*op.segmentation_histograms(*args, "compiled")), expected)
     assert all(torch.equal(a, b) for a, b in zip(before, (probability, target, uncertainty), strict=True))
 
 
@@ -133,6 +137,40 @@ def test_pieces_join(monkeypatch):
     found = op.binary_histogram(uncertainty.flatten(1), wrong.flatten(2), None, "eager")
     expected = op.binary_histogram(uncertainty.flatten(1), wrong.flatten(2), None, "reference")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@given(
+    st.integers(1, 40_000),
+    st.integers(1, 3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=20)
+def test_binary_histogram_is_its_definition(v, classes, dtype, masked, seed):
+    g = torch.Generator().manual_seed(seed)
+    value = torch.rand((2, v), generator=g).to(dtype)
+    value[torch.rand((2, v), generator=g) < 0.05] = torch.nan
+    flag = torch.rand((2, classes, v), generator=g) < 0.3
+    counted = torch.rand((2, v), generator=g) < 0.7 if masked else None
+    expected = op.binary_histogram(value, flag, counted, "reference")
+    found = op.binary_histogram(value, flag, counted, "eager")
+    with as_python():
+        compiled = op.binary_histogram(value, flag, counted, "compiled")
+    for a, b, c in zip(found, compiled, expected, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
+
+
+def test_labels_that_are_no_class(monkeypatch):
+    """They count, and hit nothing; value checks refuse them where they run."""
+    monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
+    probability, target, uncertainty = segmentation((1, 9, 10), 3, 5)
+    target[0, :2] = torch.tensor([3, -1]).repeat(5)
+    args = (probability, target, None, uncertainty[:, 0], -100, 10, True, True, True, False)
+    expected = metrics.SegmentationHistograms(*op.segmentation_histograms(*args, "reference"))
+    with as_python():
+        compare(metrics.SegmentationHistograms(*op.segmentation_histograms(*args, "compiled")), expected)
 
 
 def test_order_of_voxels_does_not_matter():

@@ -21,36 +21,41 @@ _SLAB = 256
 EXAMPLE = 64
 
 
-def spans(v: int) -> Iterator[slice]:
-    """Slices that cover v voxels: of whole blocks, LEAST of them or more, and at the end what is left over."""
+def spans(v: int, slab: int = _SLAB) -> Iterator[slice]:
+    """Slices that cover v voxels: of `slab` whole blocks, LEAST or more at the end, and then what is left over."""
     blocks = v // BLOCK if v >= LEAST * BLOCK else 0
     start = 0
     while start < blocks:
         # A few blocks left over go with those before them.
-        stop = blocks if start + _SLAB + LEAST > blocks else start + _SLAB
+        stop = blocks if start + slab + LEAST > blocks else start + slab
         yield slice(start * BLOCK, stop * BLOCK)
         start = stop
     if blocks * BLOCK < v:
         yield slice(blocks * BLOCK, v)
 
 
+def length(span: slice) -> int:
+    """Blocks that a kernel is given for a slice."""
+    return max(LEAST, -(-(span.stop - span.start) // BLOCK))
+
+
 def _in_place(row: Tensor, span: slice) -> bool:
-    length = span.stop - span.start
-    return row.stride(-1) == 1 and length % BLOCK == 0 and length >= LEAST * BLOCK
+    voxels = span.stop - span.start
+    return row.stride(-1) == 1 and voxels % BLOCK == 0 and voxels >= LEAST * BLOCK
 
 
 def _room(row: Tensor, span: slice) -> Tensor:
-    return row.new_empty(max(LEAST, -(-(span.stop - span.start) // BLOCK)) * BLOCK)
+    return row.new_empty(length(span) * BLOCK)
 
 
 def read(row: Tensor, span: slice, beyond: float = 0.0) -> Tensor:
     """The voxels `span` of row (V,) as blocks; `beyond` fills what is missing from the last one."""
     if _in_place(row, span):
         return row[span].view(-1, BLOCK)
-    length = span.stop - span.start
+    voxels = span.stop - span.start
     copy = _room(row, span)
-    copy[:length] = row[span]
-    copy[length:] = beyond
+    copy[:voxels] = row[span]
+    copy[voxels:] = beyond
     return copy.view(-1, BLOCK)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sure_kernels.backends import get_backend
+from sure_kernels.backends import dispatch
 from sure_kernels.metrics.histograms import MOST_CLASSES
 from sure_kernels.metrics.points import as_points, match_boolean, match_kinds, rows
 from sure_kernels.metrics.state import SumState
@@ -117,7 +117,8 @@ class Points(NamedTuple):
 
     def histograms(self) -> tuple[Tensor, Tensor]:
         """(N, C, 2, BINS) where right and where wrong, and counted NaN (N,)."""
-        backend = get_backend(self.uncertainty, "segmentation_histograms")
+        # One channel, whatever the number of points.
+        backend = dispatch(self.uncertainty.unsqueeze(1), "segmentation_histograms")
         return op.binary_histogram(self.uncertainty, self.error, self.counted, backend)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sure_kernels.backends import get_backend
+from sure_kernels.backends import dispatch
 from sure_kernels.metrics.state import SumState
 from sure_kernels.ops.histograms import op
 from sure_kernels.ops.histograms.reference import HALF, Parts
@@ -105,7 +105,7 @@ def histograms_of(
         u = check_voxel_map(uncertainty, "uncertainty", len(p), p.shape[2:], p, owner="probability").detach()
         if u.dtype not in FLOAT_DTYPES:
             raise TypeError(f"uncertainty: expected float32, bfloat16, float16 or float64, got {u.dtype}")
-    backend = get_backend(p if u is None or u.dtype != torch.float64 else u, "segmentation_histograms")
+    backend = dispatch(p if u is None or u.dtype != torch.float64 else u.unsqueeze(1), "segmentation_histograms")
     return SegmentationHistograms(
         *op.segmentation_histograms(p, labels, mask, u, ignore_index, num_bins, *parts, backend)
     )

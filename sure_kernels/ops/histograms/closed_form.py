@@ -45,7 +45,7 @@ def magnitude_bin(v: Tensor) -> Tensor:
     first_octave = (bias - OCTAVES - 1) << MANTISSA_BITS
     octave = (w.view(integer) >> (mantissa - MANTISSA_BITS)).sub_(first_octave - STEPS).to(torch.int32)
     linear = w.mul_(2.0 ** (OCTAVES + 1 + MANTISSA_BITS)).clamp_(-1, STEPS).to(torch.int32)
-    half = torch.maximum(octave, linear, out=octave).clamp_(0, HALF - 1)
+    half = torch.maximum(octave, linear).clamp_(0, HALF - 1)
     # |half - 0| below 1/2, |half - (2 HALF - 1)| above: the mirror image.
     return half.add_(v >= 0.5, alpha=1 - 2 * HALF).abs_()
 
@@ -67,7 +67,7 @@ def fine_bin(v: Tensor) -> Tensor:
     return magnitude_bin(v).add_(thresholds_below(v))
 
 
-def _reliability_bin(p: Tensor, num_bins: int) -> Tensor:
+def reliability_bin(p: Tensor, num_bins: int) -> Tensor:
     """The reliability bin of float64 probabilities, int32."""
     return (p * (num_bins / RELIABILITY_RANGE)).to(torch.int32).clamp_(0, num_bins - 1)
 
@@ -140,7 +140,7 @@ class _Sums:
         num_bins = self.confidence_sums.shape[1]
         row = torch.arange(first, first + len(q), dtype=torch.int32, device=q.device)[:, None]
         exact = q.double()
-        bins = _reliability_bin(exact, num_bins).add_(row * num_bins)
+        bins = reliability_bin(exact, num_bins).add_(row * num_bins)
         self.confidence_sums.view(-1).scatter_add_(0, bins.flatten().long(), exact.flatten())
         _tally(self.confidence_counts, bins.mul_(2).add_(hit), self.ones)
         if self.parts.magnitudes:

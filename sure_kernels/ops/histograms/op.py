@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sure_kernels.kernel_lib.custom_op import custom_op
-from sure_kernels.ops.histograms import closed_form, reference
+from sure_kernels.kernel_lib.inductor import serve
+from sure_kernels.ops.histograms import closed_form, compiled, reference
 from sure_kernels.ops.histograms.reference import BINS, HALF, Parts
 
 
-def _implementation(backend: str) -> ModuleType:
-    """The module that computes; the kernel's is imported only here, since triton may be absent."""
+def _serve(backend: str, name: str, *args: Any) -> Any:
+    """The function `name` of the backend's module; the kernel's is imported only here, since triton may be absent."""
     if backend == "reference":
-        return reference
+        return getattr(reference, name)(*args)
     if backend == "triton":
         from sure_kernels.ops.histograms import kernel
 
-        return kernel
-    return closed_form
+        return getattr(kernel, name)(*args)
+    return serve(backend, getattr(compiled, name), getattr(closed_form, name), *args)
 
 
 @custom_op("sure_kernels::binary_histogram")
 def binary_histogram(value: Tensor, flag: Tensor, counted: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return _implementation(backend).binary_histogram(value, flag, counted)
+    return _serve(backend, "binary_histogram", value, flag, counted)
 
 
 @binary_histogram.register_fake
@@ -48,9 +49,9 @@ def segmentation_histograms(
     loss: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(backend).segmentation_histograms(
-        probability, target, mask, uncertainty, ignore_index, num_bins, Parts(classes, top, magnitudes, loss)
-    )
+    parts = Parts(classes, top, magnitudes, loss)
+    maps = (probability, target, mask, uncertainty)
+    return _serve(backend, "segmentation_histograms", *maps, ignore_index, num_bins, parts)
 
 
 @segmentation_histograms.register_fake
