@@ -68,9 +68,13 @@ def times(
     } | {"repeats": len(found["both"])}
 
 
-def kept(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> float:
-    """Bytes that autograd holds for backward, unique storages, in units of the first argument."""
+def kept(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+    """Bytes that autograd holds for backward, unique storages, in units of the first argument.
+
+    `kept` are all, `added` those that are not the caller's own arguments, which are there anyway.
+    """
     leaf = _leaf(args, True)
+    given = {x.untyped_storage().data_ptr() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}
     seen: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -80,7 +84,9 @@ def kept(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[st
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = function(leaf, *args[1:], **kwargs)
     del out
-    return sum(seen.values()) / leaf.untyped_storage().nbytes()
+    unit = leaf.untyped_storage().nbytes()
+    added = sum(size for pointer, size in seen.items() if pointer not in given)
+    return {"kept": sum(seen.values()) / unit, "added": added / unit}
 
 
 def once(function: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[str, Any], differentiable: bool) -> None:

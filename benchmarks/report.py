@@ -31,7 +31,8 @@ def _milliseconds(seconds: float) -> str:
 def table(rows: Iterable[Row]) -> list[str]:
     """Lines of a Markdown table."""
     lines = [
-        "| op | shape | form | forward | backward | both (fastest, slowest) | ours | kept | peak | GB/s | of copying |",
+        "| op | shape | form | forward | backward | both (fastest, slowest) | ours | kept (added) | peak | GB/s "
+        "| of copying |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     rows = list(rows)
@@ -46,6 +47,7 @@ def table(rows: Iterable[Row]) -> list[str]:
         parts = [_milliseconds(row[part]["median"]) if part in row else "" for part in ("forward", "backward")]
         spread = f"{_milliseconds(both['fastest'])} to {_milliseconds(both['slowest'])}"
         kept = f"{row['kept']:.2f}" if "kept" in row else ""
+        kept += f" ({row['added']:.2f})" if "added" in row else ""
         faster = f"{both['median'] / ours[_same(row)]:.1f} x" if row["form"] != OURS and _same(row) in ours else ""
         lines.append(
             f"{begin} {parts[0]} | {parts[1]} | {_milliseconds(both['median'])} ({spread}) | {faster} | {kept} "
@@ -169,10 +171,10 @@ def page(files: Iterable[Path]) -> str:
         "# Benchmarks",
         "",
         "Made by `python -m benchmarks plot` from the files in `results/`; do not edit. Times are medians. *Ours*",
-        "is how many times faster sure_kernels is than the row. *Kept* is what autograd holds for backward and",
-        "*peak* the most that was held beyond the arguments, both in units of the first argument. *GB/s* counts",
-        "what forward and backward must read and write; *of copying* is its share of the bandwidth of a plain",
-        "copy, measured in the same run: the floor of an op that memory binds.",
+        "is how many times faster sure_kernels is than the row. *Kept* is what autograd holds for backward, *added*",
+        "what of it is not an argument, and *peak* the most that was held beyond the arguments, all in units of the",
+        "first argument. *GB/s* counts what forward and backward must read and write; *of copying* is its share of",
+        "the bandwidth of a plain copy, measured in the same run: the floor of an op that memory binds.",
     ]
     for path in files:
         found = results.read(path)

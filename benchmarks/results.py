@@ -35,6 +35,7 @@ _ROW: dict[str, tuple[Any, bool]] = {
     "both": (_TIME, True),
     "repeats": (int, True),
     "kept": (float, True),
+    "added": (float, True),
     "peak": (float, True),
     "bytes": (int, True),
     "gigabytes_per_second": (float, True),

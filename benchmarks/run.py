@@ -77,7 +77,7 @@ def measured(
     """All measurements of one form."""
     found: dict[str, Any] = measure.times(function, args, kwargs, case.differentiable)
     if case.differentiable:
-        found["kept"] = measure.kept(function, args, kwargs)
+        found |= measure.kept(function, args, kwargs)
     found["peak"] = measure.peak(function, args, kwargs, case.differentiable)
     found["bytes"] = case.traffic(args)
     rate = found["bytes"] / found["both"]["median"]
@@ -173,5 +173,5 @@ def describe(row: dict[str, Any]) -> str:
     both = row["both"]
     text = f"{line} {1e3 * both['median']:9.2f} ms ({1e3 * both['fastest']:.2f} to {1e3 * both['slowest']:.2f})"
     if "kept" in row:
-        text += f"  kept {row['kept']:.2f}"
+        text += f"  kept {row['kept']:.2f} (added {row['added']:.2f})"
     return text + f"  peak {row['peak']:.2f}  {row['gigabytes_per_second']:.1f} GB/s"

@@ -48,6 +48,7 @@ def test_rows(found):
     assert ours["form"] == OURS
     assert ours["backend"] == "eager"
     assert ours["kept"] <= 1.1 < textbook["kept"]
+    assert ours["added"] == pytest.approx(ours["kept"] - 1)  # beside the logits
     assert 0 < ours["both"]["fastest"] <= ours["both"]["median"] <= ours["both"]["slowest"]
     assert ours["peak"] > 0
     assert missing["absent"].startswith("ModuleNotFoundError: No module named 'no_such_package'")
