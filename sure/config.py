@@ -253,10 +253,24 @@ def load_preset(name: str) -> TrainConfig:
     return load_config(_PRESETS / f"{name}.yaml")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as its standard has it: PyYAML would take the last of equal keys and drop the others."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """Read a YAML file of TrainConfig fields; fields left out are those of `base`, or the defaults."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # A safe loader: it builds plain values alone.
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sure.errors import UserError
-from sure.files import write_text
+from sure.files import read_json, write_text
 from sure.report import figures
 from sure.report.glossary import METRICS, UNKNOWN, Metric, describe
 from sure.report.slices import Stack, viewer
@@ -156,7 +155,7 @@ def _load(folders: Sequence[Path]) -> list[_Evaluation]:
 def _read(folder: Path, what: str) -> dict[str, Any]:
     file = {"evaluation": "metrics.json", "robustness": "robustness.json"}[what]
     try:
-        values = json.loads((folder / file).read_text(encoding="utf-8"))
+        values = read_json(folder / file)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: expected an evaluation with metrics.json or a sweep ({error})") from error
     command = {"evaluation": "evaluate", "robustness": "robustness"}[what]

@@ -229,6 +229,11 @@ BAD = {
     ),
     # settings
     "unknown setting": (config("epoch: 3"), CONFIG, "c.yaml: unknown keys epoch"),
+    "setting given twice": (
+        config("epochs: 3\nlr: 1.0e-3\nepochs: 4"),
+        CONFIG,
+        "cannot be read as YAML: epochs is set twice",
+    ),
     "setting of another type": (config("epochs: many"), CONFIG, "epochs: expected int, got 'many'"),
     "setting without values": (config("patch_size: []"), CONFIG, "patch_size: expected one number or more, got none"),
     "key that is no word": (config("1: 2"), CONFIG, "c.yaml: unknown keys 1;"),
@@ -486,7 +491,7 @@ BAD = {
     "evaluation of 10^5 brackets": (
         lambda: Path("ev/metrics.json").write_text("[" * 100_000),
         REPORT,
-        "ev: not whole evaluations (RecursionError",
+        "ev: expected an evaluation with metrics.json or a sweep (nested too deeply)",
     ),
     "picture elsewhere": (
         lambda: edit_json("ev/metrics.json", lambda v: v["pictures"].update(boundary="../data/dataset.json")),
