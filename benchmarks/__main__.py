@@ -1,9 +1,10 @@
-"""`python -m benchmarks run | plot | profile | compare`: the ops against what a user would run instead.
+"""`python -m benchmarks run | plot | profile | host | compare`: the ops against what a user would run instead.
 
 python -m benchmarks run --largest 128            # print; --out FILE.json keeps it
 python -m benchmarks run --record                 # green tests and a clean tree: benchmarks/results/MACHINE.json
 python -m benchmarks plot                         # RESULTS.md, plots and the README's tables from all recorded files
 python -m benchmarks profile --size 256           # where the time of one op goes
+python -m benchmarks host                         # what a call costs the host of a GPU; needs none
 python -m benchmarks compare OLD.json NEW.json
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, results
+from benchmarks import host, report, results
 from benchmarks.registry import CASES
 from benchmarks.run import kernel_profile, measure_all
 
@@ -46,6 +47,13 @@ def _plot(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     print(kernel_profile(torch.device(options.device), options.op, options.size, options.out))
+    return 0
+
+
+def _host(options: argparse.Namespace) -> int:
+    for op, times in host.seconds().items():
+        forward, both = 1e6 * times["forward"], 1e6 * times["both"]
+        print(f"{op:32s} forward {forward:5.0f} us, with backward {both:5.0f} us, {times['launches']} launches")
     return 0
 
 
@@ -80,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     profile.add_argument("--size", type=int, default=256, help="voxels along each axis")
     profile.add_argument("--out", type=Path, help="write the trace, for chrome://tracing or Perfetto")
     profile.set_defaults(command=_profile)
+    of_host = commands.add_parser("host", help="what a call costs the host of a GPU, launches aside; needs none")
+    of_host.set_defaults(command=_host)
     compare = commands.add_parser("compare", help="two files, row by row; fails where something became slower")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)

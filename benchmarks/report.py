@@ -192,6 +192,8 @@ def page(files: Iterable[Path]) -> str:
         lines += [*_steps(found), ""]
         if "first_call" in found:
             lines += [*_first_call(found["first_call"]), ""]
+        if "host" in found:
+            lines += [*_host(found["host"]), ""]
         lines += ["<details><summary>All rows</summary>", "", *table(found["rows"]), "", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -229,6 +231,16 @@ def _first_call(found: dict[str, Any]) -> list[str]:
         + "; ".join(
             f"`{op}` {times['warm']:.1f} s, and {times['cold']:.0f} s once on a machine, while its kernels are compiled"
             for op, times in found.items()
+        )
+        + "."
+    ]
+
+
+def _host(found: dict[str, Any]) -> list[str]:
+    return [
+        "Where a GPU does the work, forward and backward take of the host, launches aside: "
+        + "; ".join(
+            f"`{op}` {1e6 * times['both']:.0f} us and {times['launches']:.0f} launches" for op, times in found.items()
         )
         + "."
     ]

@@ -73,7 +73,7 @@ def check(results: dict[str, Any]) -> None:
     for name in _MACHINE:
         if name not in results.get("machine", {}):
             raise ValueError(f"machine: {name} is missing")
-    unknown = sorted(set(results) - {"schema", "machine", "rows", "training", "steps", "first_call"})
+    unknown = sorted(set(results) - {"schema", "machine", "rows", "training", "steps", "first_call", "host"})
     if unknown:
         raise ValueError(f"unknown field {unknown[0]}")
     if not isinstance(results.get("rows"), list):

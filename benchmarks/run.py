@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sure_kernels as sk
-from benchmarks import first_call, measure, results, steps, training
+from benchmarks import first_call, host, measure, results, steps, training
 from benchmarks.registry import (
     CASES,
     COMPILED_AT,
@@ -113,6 +114,8 @@ def measure_all(
         found["steps"] = steps.seconds(device)
         if device.type == "cpu":
             found["first_call"] = first_call.seconds()
+            if importlib.util.find_spec("triton") is not None:
+                found["host"] = host.seconds()
     # The headlines, then the small ones of all ops first, so that a budget leaves out large volumes and no op.
     settings = sorted(QUICK if quick else SETTINGS, key=lambda s: s.batch * math.prod(s.shape))
     headlines = [s for s in headlines_of(found["machine"]) if s in settings]

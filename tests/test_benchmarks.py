@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure, report, results
+from benchmarks import host, measure, report, results
 from benchmarks.registry import CASES, OURS, Case, Setting, forms_of
 from benchmarks.run import measure_all
 
@@ -119,3 +119,16 @@ def test_recorded_results_are_sound():
 def test_readme_quotes_the_recorded_results():
     text = report.README.read_text(encoding="utf-8")
     assert report.readme(text, sorted(results.FOLDER.glob("*.json"))) == text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's caches belong to the GPU that is here")
+def test_host():
+    pytest.importorskip("triton")
+    found = host.seconds()
+    assert {op: times["launches"] for op, times in found.items()} == {
+        "gradient_magnitude": 3,
+        "dirichlet_uncertainty": 2,
+        "evidential_loss": 4,
+        "supervised_evidential_loss": 4,
+    }
+    assert all(0 < times["forward"] < times["both"] for times in found.values())

@@ -5,7 +5,6 @@ On a pretended GPU: kernels are compiled for it, what would be launched is noted
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,11 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import sure_kernels as sk
-from sure_kernels.compile_check.offline import nvidia_usage
+from sure_kernels.compile_check.pretended import PretendedGpu, pretended
 from sure_kernels.kernel_lib.launch import Launch, forget_plans
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_sums
 from sure_kernels.ops.supervised import kernel
@@ -40,59 +37,27 @@ PLANNED = (
 Launched = tuple[tuple[int, ...], tuple[Any, ...]]
 
 
-class PretendedGpu:
-    """What compiling and launching ask a Triton driver for."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, ...]] = []
-        self.utils = self
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        name = metadata.name
-
-        def note(*args: Any) -> None:
-            # Grid, stream, function, metadata and hooks come before the kernel's own arguments.
-            pointers: dict[int, int] = {}
-            own = [
-                ("tensor", a.dtype, pointers.setdefault(a.data_ptr(), len(pointers)))
-                if isinstance(a, torch.Tensor)
-                else a
-                for a in args[9:]
-            ]
-            self.launches.append((name, args[:3], own))
-
-        return note
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        """Module, function, registers, words spilled and most threads."""
-        registers, spilled = nvidia_usage(binary)
-        return 1, 1, registers, spilled // 4, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448}
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+LAUNCHES: list[tuple[Any, ...]] = []
 
 
-# One for all tests: Triton keeps what it compiled, and by whom it is launched.
-PRETENDED = PretendedGpu()
+def note(name: str, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    pointers: dict[int, int] = {}
+    own = [
+        ("tensor", a.dtype, pointers.setdefault(a.data_ptr(), len(pointers))) if isinstance(a, torch.Tensor) else a
+        for a in args
+    ]
+    LAUNCHES.append((name, grid, own))
+
+
+GPU = PretendedGpu(note)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    PRETENDED.launches.clear()
-    monkeypatch.setattr(driver, "_active", PRETENDED)
-    monkeypatch.setattr(sys.modules["sure_kernels.backends"], "_interpreted", lambda: True)
+    LAUNCHES.clear()
     monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")  # results hold whatever the memory did
-    with sk.backend("triton"):
-        yield PRETENDED
+    with pretended(GPU):
+        yield
 
 
 def test_repeated(gpu):
@@ -100,7 +65,7 @@ def test_repeated(gpu):
     launch = Launch(toy_kernels.sound, (2,), (1,), {"BLOCK": 32, "num_warps": 1})
     for _ in range(3):
         launch(x, out)
-    assert gpu.launches == [("sound", (2, 1, 1), [*tensors(2), 1, 32])] * 3
+    assert [("sound", (2, 1, 1), [*tensors(2), 1, 32])] * 3 == LAUNCHES
 
 
 def test_pointers_and_dtypes_are_told_apart(gpu, monkeypatch):
@@ -113,7 +78,7 @@ def test_pointers_and_dtypes_are_told_apart(gpu, monkeypatch):
     for given in (x, x[1:], x[4:], x[1:], x.double(), x):
         launch(given, out)
     assert len(made) == len({id(kernel) for kernel in made}) == 3
-    assert len(gpu.launches) == 6
+    assert len(LAUNCHES) == 6
 
 
 @pytest.mark.parametrize("classes", [2, 4, 8])
@@ -134,9 +99,9 @@ def test_spills(gpu, classes, monkeypatch):
     *spilling, taken = compiled
     assert all(found.n_spills for found in spilling)
     assert taken.n_spills == 0
-    number = len(gpu.launches)
+    number = len(LAUNCHES)
     kernel.finalise(*given)
-    assert len(compiled) == number == len(gpu.launches) - 1
+    assert len(compiled) == number == len(LAUNCHES) - 1
 
 
 def tensors(number: int) -> list[tuple[Any, ...]]:
@@ -159,10 +124,10 @@ def test_ops(gpu, op, monkeypatch):
     monkeypatch.setattr(type(toy_kernels.sound), "run", lambda *a, **k: dispatched.append(1) or run(*a, **k))
     forget_plans()
     call(op, 0)
-    first = list(gpu.launches)
-    gpu.launches.clear()
+    first = list(LAUNCHES)
+    LAUNCHES.clear()
     assert len(dispatched) >= len(first) >= 2
     dispatched.clear()
     call(op, 1)
-    assert gpu.launches == first
+    assert first == LAUNCHES
     assert not dispatched
