@@ -63,8 +63,10 @@ def pretended(gpu: PretendedGpu) -> Iterator[None]:
     Triton keeps what it compiled and by whom it is launched: one GPU for all blocks of a process that has no real one.
     """
     backends = importlib.import_module("sure_kernels.backends")
+    # Newer versions of Triton make `active` a property.
+    active = "_active" if hasattr(driver, "_active") else "active"
     with (
-        mock.patch.object(driver, "_active", gpu),
+        mock.patch.object(driver, active, gpu),
         mock.patch.object(backends, "_interpreted", _yes),
         backends.backend("triton"),
     ):
