@@ -33,11 +33,6 @@ class _Signature(NamedTuple):
     uncertainty: torch.dtype | None
 
     @property
-    def rows(self) -> range:
-        """Whose confidences are binned."""
-        return range(0 if self.parts.classes else self.k, self.k + 1 if self.parts.top else self.k)
-
-    @property
     def name(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         return f"segmentation_histograms: {self.k} classes, {self.num_bins} bins, {', '.join(self._wanted)}, {kind}"
@@ -46,6 +41,11 @@ class _Signature(NamedTuple):
     def _wanted(self) -> list[str]:
         uncertainty = [] if self.uncertainty is None else ["uncertainty"]
         return [name for name, wanted in self.parts._asdict().items() if wanted] + uncertainty
+
+
+def _rows(k: int, parts: Parts) -> range:
+    """Whose confidences are binned."""
+    return range(0 if parts.classes else k, k + 1 if parts.top else k)
 
 
 class _Room(NamedTuple):
@@ -61,7 +61,7 @@ class _Room(NamedTuple):
         def room(rows: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.empty((rows, length, BLOCK), dtype=dtype)
 
-        rows = len(s.rows)
+        rows = len(_rows(s.k, s.parts))
         magnitudes, errors = rows if s.parts.magnitudes else 0, 0 if s.uncertainty is None else 3
         return cls(room(rows, torch.float64), room(rows), room(magnitudes), room(errors))
 
@@ -74,9 +74,10 @@ class _Room(NamedTuple):
 
 
 def _bins(
-    p: list[Tensor], label: Tensor, u: Tensor | None, ignored: int, s: _Signature
+    p: list[Tensor], label: Tensor, u: Tensor | None, ignored: int, num_bins: int, parts: Parts
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """What `_Room` holds, flat, and the sums: K of squares, K of log loss, K of voxels, two of NaN."""
+    classes = len(p)
     broken = p[0] != p[0]
     for x in p[1:]:
         broken = broken | (x != x)
@@ -88,22 +89,22 @@ def _bins(
         top = torch.where(x > largest, k, top)
         largest = torch.maximum(largest, x)
     confidence, reliability, magnitude, error = [], [], [], []
-    for r in s.rows:
-        q, hit = (largest, top == label) if r == s.k else (p[r], label == r)
+    for r in _rows(classes, parts):
+        q, hit = (largest, top == label) if r == classes else (p[r], label == r)
         exact = q.double()
         confidence.append(exact)
-        index = 2 * (r * s.num_bins + reliability_bin(exact, s.num_bins)) + hit.to(torch.int32)
-        reliability.append(torch.where(counted, index, 2 * (s.k + 1) * s.num_bins))
-        if s.parts.magnitudes:
+        index = 2 * (r * num_bins + reliability_bin(exact, num_bins)) + hit.to(torch.int32)
+        reliability.append(torch.where(counted, index, 2 * (classes + 1) * num_bins))
+        if parts.magnitudes:
             index = 2 * HALF * (2 * r + hit.to(torch.int32)) + magnitude_bin(q)
-            magnitude.append(torch.where(counted, index, 4 * HALF * (s.k + 1)))
+            magnitude.append(torch.where(counted, index, 4 * HALF * (classes + 1)))
     sums: list[Tensor] = []
-    if s.parts.loss:
+    if parts.loss:
         own = torch.ones_like(p[0])
         for k, x in enumerate(p):
             own = torch.where(label == k, x, own)
         loss = -own.double().log()
-        is_class = [counted & (label == k) for k in range(s.k)]
+        is_class = [counted & (label == k) for k in range(classes)]
         squares = [(x.double() - (label == k).double()).square() for k, x in enumerate(p)]
         sums += [torch.where(counted, x, 0.0).sum() for x in squares]
         sums += [torch.where(here, loss, 0.0).sum() for here in is_class]
@@ -114,21 +115,22 @@ def _bins(
         bins, wrong, counted = fine_bin(u), top != label, counted & ~nothing
         error.append(torch.where(counted, bins + BINS * wrong.to(torch.int32), 2 * BINS))
         # A label that is no class owns nothing.
-        of_label = wrong & counted & (label >= 0) & (label < s.k)
-        error.append(torch.where(of_label, bins + BINS * label, s.k * BINS))
-        error.append(torch.where(wrong & counted, bins + BINS * top, s.k * BINS))
+        of_label = wrong & counted & (label >= 0) & (label < classes)
+        error.append(torch.where(of_label, bins + BINS * label, classes * BINS))
+        error.append(torch.where(wrong & counted, bins + BINS * top, classes * BINS))
     return [confidence, reliability, magnitude, error], sums + undefined
 
 
 @functools.cache
 def _kernel(s: _Signature) -> Kernel:
-    code = code_for(s.k, banded=False)
+    # Numbers of their own: older versions of torch.compile compare tensors with nothing that they look up.
+    ignored, num_bins, parts = code_for(s.k, banded=False).ignored, s.num_bins, s.parts
 
     def run(p, codes, u, out):
         # 32-bit labels: bytes would take Inductor four times as long.
         label = codes.flatten().to(torch.int32)
         rows = [x.flatten().float() for x in p]
-        maps, sums = _bins(rows, label, None if u is None else u.flatten().float(), code.ignored, s)
+        maps, sums = _bins(rows, label, None if u is None else u.flatten().float(), ignored, num_bins, parts)
         for rooms, values in zip(out, maps, strict=True):
             for room, x in zip(rooms, values, strict=True):
                 room.copy_(x.view_as(room))
@@ -139,7 +141,7 @@ def _kernel(s: _Signature) -> Kernel:
         out = [[example(*volume, dtype=x.dtype) for _ in range(len(x))] for x in _Room.of(s, 1)]
         return [
             [example(*volume, dtype=s.dtype) for _ in range(s.k)],
-            example(*volume, dtype=code.dtype),
+            example(*volume, dtype=code_for(s.k, banded=False).dtype),
             None if s.uncertainty is None else example(*volume, dtype=s.uncertainty),
             out,
         ]
