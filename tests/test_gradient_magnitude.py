@@ -10,6 +10,7 @@ import scipy.ndimage as ndi
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_evidential import LAYOUTS, relaid
 
 import sure_kernels as sk
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
@@ -57,6 +58,24 @@ def test_closed_form_is_the_reference(case):
         if tolerance < 1e-6 or float(value[value > 0].min() if bool((value > 0).any()) else 1.0) > 1e-3:
             limit = 30 * tolerance * max(1.0, float(gradient.abs().max()))
             assert float((got_gradient - gradient).abs().max()) <= limit
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padding", PADDING_MODES)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (2, 3, 4, 5, 6)])
+def test_layouts(layout, padding, shape):
+    """Image and upstream gradient in any memory layout: the same bits."""
+    g = torch.Generator().manual_seed(0)
+    image, upstream = torch.randn(shape, generator=g), torch.randn((2, 1, *shape[2:]), generator=g)
+    if layout == "expanded":
+        image, upstream = (x[..., :1].expand_as(x).contiguous() for x in (image, upstream))
+    results = []
+    for x, up in ((image, upstream), (relaid(image, layout), relaid(upstream, layout))):
+        leaf = x.detach().requires_grad_()
+        out = sk.gradient_magnitude(leaf, padding_mode=padding)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, up)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES, ids=IDS)

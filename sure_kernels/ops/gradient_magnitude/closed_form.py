@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sure_kernels.kernel_lib.chunks import working_dtype
 from sure_kernels.kernel_lib.launch import as_volume, axis_scales, centre_tap
@@ -54,24 +55,19 @@ def _around(x: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
     return x[:n], x[step : step + n], x[2 * step :]
 
 
-def _smoothed(x: Tensor, step: int, centre: float) -> Tensor:
-    before, here, after = _around(x, step)
+def _smooth(before: Tensor, here: Tensor, after: Tensor, centre: float) -> Tensor:
     return here if centre == 0 else (before + after).add_(here, alpha=centre)
-
-
-def _difference(x: Tensor, step: int) -> Tensor:
-    before, _, after = _around(x, step)
-    return after - before
 
 
 def components_of(x: Tensor, filters: Filters) -> list[Tensor]:
     """Differences along each axis, last axis first, smoothed along the others; shorter than x by every step twice."""
     found: list[Tensor] = []
     for axis, step in reversed(list(enumerate(filters.steps))):
-        found = [_smoothed(d, step, filters.centre) for d in found]
-        found.append(_difference(x, step))
+        found = [_smooth(*_around(d, step), filters.centre) for d in found]
+        before, here, after = _around(x, step)
+        found.append(after - before)
         if axis > 0:
-            x = _smoothed(x, step, filters.centre)
+            x = _smooth(before, here, after, filters.centre)
     return found
 
 
@@ -81,9 +77,9 @@ def adjoint_of(slopes: Sequence[Tensor], filters: Filters) -> Tensor:
     before, _, after = _around(first, filters.steps[0])
     result = before - after
     for step_before, step in zip(filters.steps[:-1], filters.steps[1:], strict=True):
-        rest = [_smoothed(x, step_before, filters.centre) for x in rest]
+        rest = [_smooth(*_around(x, step_before), filters.centre) for x in rest]
         before, _, after = _around(rest.pop(0), step)
-        result = _smoothed(result, step, filters.centre) + (before - after)
+        result = _smooth(*_around(result, step), filters.centre).add_(before).sub_(after)
     return result
 
 
@@ -92,7 +88,7 @@ def _squares(components: Sequence[Tensor], filters: Filters) -> Tensor:
     result: Tensor | None = None
     for d, scale in zip(components, reversed(filters.scales), strict=True):
         if result is None:
-            result = (d * scale).square()
+            result = (d * scale).square_()
         elif isinstance(scale, Tensor):
             result = result + (d * scale).square()
         else:
@@ -116,7 +112,7 @@ def _reduced(squares: Sequence[Tensor], reduction: str) -> Tensor:
 def magnitude_of(x: Sequence[Tensor], filters: Filters, reduction: str, eps_square: Number) -> Tensor:
     """The gradient magnitude of a slab, from its channels."""
     squares = [_squares(components_of(c, filters), filters) for c in x]
-    return (_reduced(squares, reduction) + eps_square).sqrt()
+    return _root(_reduced(squares, reduction), eps_square)
 
 
 def slopes_of(
@@ -131,7 +127,7 @@ def slopes_of(
     components = [components_of(c, filters) for c in x]
     squares = [_squares(d, filters) for d in components]
     reduced = _reduced(squares, reduction)
-    weight = _ratio(upstream, (reduced + eps_square).sqrt())
+    weight = _ratio(upstream, _root(reduced, eps_square))
     if reduction == "mean":
         share = weight * reduced.sqrt() / len(x)
         weights = [_ratio(share, square.sqrt()) for square in squares]
@@ -145,17 +141,24 @@ def slopes_of(
     else:
         weights = [weight] * len(x)
     for weight, found, rooms in zip(weights, components, out, strict=True):
+        last, factor = None, weight
         for d, scale, room in zip(found, reversed(filters.scales), rooms, strict=True):
-            factor = weight * (scale * scale)
+            if not (isinstance(scale, float) and scale == last):
+                last, factor = scale, weight * (scale * scale)
             if compiling():
                 room.copy_(factor * d)
             else:
                 torch.mul(factor, d, out=room)
 
 
+def _root(square: Tensor, eps_square: Number) -> Tensor:
+    """sqrt(square + eps^2), of a `square` that may be needed again."""
+    return square.sqrt() if isinstance(eps_square, float) and eps_square == 0 else (square + eps_square).sqrt()
+
+
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    """x / y; where y is 0 some finite number, which a difference of 0 is multiplied by."""
-    return x / y.clamp_min(_LESS_THAN_ANY[y.dtype])
+    """x / y, in place of y; where y is 0 some finite number, which a difference of 0 is multiplied by."""
+    return x / y.clamp_min_(_LESS_THAN_ANY[y.dtype])
 
 
 EAGER = Formulas(magnitude_of, slopes_of, adjoint_of, _SLAB)
@@ -184,33 +187,25 @@ class _Volume:
         step = max(2, slab // self.plane - 2 * halo)
         return [(start, min(start + step, last)) for start in range(first, last, step)]
 
-    def empty(self, planes: int) -> Tensor:
-        return self.image.new_empty((self.channels, planes, self.height + 2, self.width + 2), dtype=self.dtype)
-
     def padded(self, first: int, last: int) -> Tensor:
         """Padded planes [first, last) of all channels, (M, planes * plane)."""
-        x = self.empty(last - first)
-        inside = x[:, :, 1:-1, 1:-1]
-        low, high = max(first, self.rim), min(last, self.depth + self.rim)
-        inside[:, low - first : high - first] = self.image[:, low - self.rim : high - self.rim]
-        if first < self.rim:
-            inside[:, 0] = self._beyond(self.image, 1, 0, 1)
-        if last > self.depth + self.rim:
-            inside[:, -1] = self._beyond(self.image, 1, self.depth - 1, self.depth - 2)
-        for axis, n in ((2, self.height), (3, self.width)):
-            x.select(axis, 0).copy_(self._beyond(x, axis, 1, 2, n))
-            x.select(axis, n + 1).copy_(self._beyond(x, axis, n, n - 1, n))
+        before, after = first < self.rim, last > self.depth + self.rim
+        x = self.image[:, first - self.rim + before : last - self.rim - after].to(self.dtype)
+        mode = "constant" if self.mode == "zeros" else "replicate"
+        x = pad(x[None], (1, 1, 1, 1, int(before), int(after)), mode)[0].contiguous()
+        if self.mode in ("reflect", "extrapolate"):
+            for axis, n, ends in ((1, self.depth, (before, after)), (2, self.height, (1, 1)), (3, self.width, (1, 1))):
+                for there, outer, inner in zip(ends, (0, -1), (2, -3), strict=True):
+                    if there and n > 1:  # an axis of length 1 has no neighbour to reflect or extrapolate from
+                        self._move_beyond(x.select(axis, outer), x.select(axis, inner))
         return x.flatten(1)
 
-    def _beyond(self, x: Tensor, axis: int, edge: int, inner: int, n: int | None = None) -> Tensor:
-        """What lies beyond entry `edge` of `axis`, whose inner neighbour is `inner`; an axis of length 1 has none."""
-        value = x.select(axis, edge).to(self.dtype)
-        if self.mode == "zeros":
-            return torch.zeros_like(value)
-        if self.mode == "replicate" or (x.shape[axis] if n is None else n) == 1:
-            return value
-        neighbour = x.select(axis, inner).to(self.dtype)
-        return neighbour if self.mode == "reflect" else 2 * value - neighbour
+    def _move_beyond(self, edge: Tensor, inner: Tensor) -> None:
+        """What replication put beyond an edge becomes what `mode` wants there."""
+        if self.mode == "reflect":
+            edge.copy_(inner)
+        else:
+            edge.mul_(2).sub_(inner)
 
     def fold(self, x: Tensor, axis: int, n: int) -> None:
         """Transpose of the padding along `axis`: add to the n entries of x what lies before and after them."""
@@ -309,20 +304,22 @@ def _slab_gradient(
     # Planes whose magnitudes depend on these: none of the padding's own, which stay 0.
     low, high = max(first - rim, rim), min(last + rim, volume.depth + rim)
     edge = margin - rim * plane
-    slopes = [
-        [volume.image.new_zeros((last - first + 2 * rim) * plane + 2 * edge, dtype=volume.dtype) for _ in volume.steps]
-        for _ in range(volume.channels)
-    ]
+    entries = (last - first + 2 * rim) * plane + 2 * edge
+    slopes = volume.image.new_empty((volume.channels, len(volume.steps), entries), dtype=volume.dtype)
     if low < high:
-        up = volume.image.new_zeros((high - low, volume.height + 2, volume.width + 2), dtype=volume.dtype)
-        up[:, 1:-1, 1:-1] = upstream[low - rim : high - rim]
+        up = pad(upstream[low - rim : high - rim].to(volume.dtype), (1, 1, 1, 1))
         channels = volume.padded(low - rim, high + rim).unbind()
         length = channels[0].numel() - 2 * margin
         start = edge + (low - (first - rim)) * plane + edge
-        rooms = [[room[start : start + length] for room in to] for to in slopes]
+        slopes[..., :start].zero_()
+        slopes[..., start + length :].zero_()
+        rooms = [list(to.unbind()) for to in slopes[..., start : start + length].unbind()]
         formulas.slopes(channels, up.flatten()[edge : edge + length], filters, reduction, eps_square, rooms)
-    dx = torch.stack([formulas.adjoint(x, filters) for x in slopes])
-    return dx.view(volume.channels, last - first, volume.height + 2, volume.width + 2)
+    else:
+        slopes.zero_()
+    dx = [formulas.adjoint(x.unbind(), filters).unsqueeze(0) for x in slopes.unbind()]
+    joined = dx[0] if len(dx) == 1 else torch.cat(dx)
+    return joined.view(volume.channels, last - first, volume.height + 2, volume.width + 2)
 
 
 def _fold_planes(volume: _Volume, out: Tensor, outside: list[Tensor]) -> None:
@@ -332,9 +329,9 @@ def _fold_planes(volume: _Volume, out: Tensor, outside: list[Tensor]) -> None:
     n = volume.depth
     for edge, inner, spill in ((0, 1, outside[0]), (n - 1, n - 2, outside[1])):
         if volume.mode == "replicate" or n == 1:
-            out[:, edge] += spill
+            out.select(1, edge).add_(spill)
         elif volume.mode == "reflect":
-            out[:, inner] += spill
+            out.select(1, inner).add_(spill)
         else:
-            out[:, edge].add_(spill, alpha=2)
-            out[:, inner] -= spill
+            out.select(1, edge).add_(spill, alpha=2)
+            out.select(1, inner).sub_(spill)
