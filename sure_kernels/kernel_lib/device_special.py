@@ -19,11 +19,11 @@ SHIFT_NEXT = tl.constexpr(minimax.SHIFT + 1.0)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 _EXP_LIMIT = tl.constexpr(EXP_LIMIT)
-# Exponent bias and mantissa of float32, and the bits of 1.0.
+# Exponent bias and mantissa of float32, the bits of 1.0, and those that numbers of [1, 2) may have set.
 _BIAS = tl.constexpr(127)
 _MANTISSA_BITS = tl.constexpr(23)
-_MANTISSA_MASK = tl.constexpr(0x007FFFFF)
 _ONE_BITS = tl.constexpr(0x3F800000)
+_BELOW_TWO_MASK = tl.constexpr(0x3FFFFFFF)
 
 _P = tl.constexpr(minimax.P)
 _Q = tl.constexpr(minimax.Q)
@@ -35,6 +35,9 @@ _Q_TERMS = tl.constexpr(len(minimax.Q))
 _R_TAIL_TERMS = tl.constexpr(len(minimax.R) - 1)
 _W_TERMS = tl.constexpr(len(minimax.W))
 _LOG1P_TERMS = tl.constexpr(len(minimax.LOG1P))
+# What `add_kl_term_one_polynomial` and `subtract_kl_term_polynomial` leave out.
+KL_TERM_ONE_CONSTANT = tl.constexpr(minimax.W[-1])
+KL_TERM_CONSTANT = tl.constexpr(minimax.Q[-1] - minimax.P[-1])
 
 
 @triton.jit
@@ -60,10 +63,14 @@ def reciprocal(y):
 
 
 @triton.jit
-def split_exponent(y):
-    """(m, k) with y = m 2^(k - 127), 1 <= m < 2, for positive normal y: the parts of deferred logarithms."""
+def split_exponent(y, one_bits):
+    """(m, k) with y = m 2^(k - 127), 1 <= m < 2, for positive normal y: the parts of deferred logarithms.
+
+    `one_bits` are those of 1.0, which compilers should not know where instructions count: with a register for them
+    m takes one, else two.
+    """
     bits = y.to(tl.int32, bitcast=True)
-    m = ((bits & _MANTISSA_MASK) | _ONE_BITS).to(tl.float32, bitcast=True)
+    m = ((bits | one_bits) & _BELOW_TWO_MASK).to(tl.float32, bitcast=True)
     return m, bits >> _MANTISSA_BITS
 
 
@@ -76,7 +83,7 @@ def _ln1p_unit(q):
 @triton.jit
 def ln(y):
     """ln y for positive normal y; its relative error is small for y >= 1, its absolute error everywhere."""
-    m, k = split_exponent(y)
+    m, k = split_exponent(y, _ONE_BITS)
     return (k - _BIAS).to(tl.float32) * LN_2 + _ln1p_unit(m - 1.0)
 
 
@@ -100,6 +107,27 @@ def shifted(x, BELOW_ONE: tl.constexpr):
 def digamma_polynomial(t):
     """digamma(x) - ln y of t = 1 / y."""
     return t * _horner(t, _P, _P_TERMS)
+
+
+@triton.jit
+def add_kl_term_one_polynomial(start, t):
+    """start + kl_term_one_polynomial(t) - KL_TERM_ONE_CONSTANT: the polynomial's last step is the addition as well."""
+    result = t * _W[0] + _W[1]
+    for i in tl.static_range(2, _W_TERMS - 1):
+        result = result * t + _W[i]
+    return start + result * t
+
+
+@triton.jit
+def subtract_kl_term_polynomial(start, t, B: tl.constexpr):
+    """start - (kl_term(x, B) + (B - 1/2) ln y) - KL_TERM_CONSTANT + B of t = 1 / y, x >= B.
+
+    x = 1 / t - SHIFT turns (x - B) t P(t) into P(t) - (B + SHIFT) t P(t): all is one polynomial.
+    """
+    result = t * ((B + SHIFT) * _P[0]) + (_Q[0] - _P[0] + (B + SHIFT) * _P[1])
+    for i in tl.static_range(2, _Q_TERMS):
+        result = result * t + (_Q[i - 1] - _P[i - 1] + (B + SHIFT) * _P[i])
+    return start + result * t
 
 
 @triton.jit
@@ -146,9 +174,15 @@ def lgamma(x, BELOW_ONE: tl.constexpr):
 
 
 @triton.jit
+def _trigamma_tail(t):
+    """trigamma(x) / t - 1 of t = 1 / y."""
+    return t * _horner(t, _R_TAIL, _R_TAIL_TERMS)
+
+
+@triton.jit
 def trigamma(x, BELOW_ONE: tl.constexpr):
     t = reciprocal_fast(shifted(x, BELOW_ONE))
-    result = t * (_horner(t, _R_TAIL, _R_TAIL_TERMS) * t + 1.0)
+    result = t + t * _trigamma_tail(t)
     if BELOW_ONE:
         inverse = reciprocal(x)
         result += inverse * inverse
@@ -178,12 +212,21 @@ def kl_term(x, b, BELOW_ONE: tl.constexpr):
 def kl_term_slope(x, b, BELOW_ONE: tl.constexpr):
     """dh/dx = (x - b) trigamma(x) - 1; x trigamma(x) tends to 1, which is taken off inside the polynomial."""
     t = reciprocal_fast(shifted(x, BELOW_ONE))
-    r_tail = _horner(t, _R_TAIL, _R_TAIL_TERMS)
-    result = t * (r_tail - shifted(b, BELOW_ONE) * (r_tail * t + 1.0))
+    tail = _trigamma_tail(t)
+    result = tail - shifted(b, BELOW_ONE) * (t + t * tail)
     if BELOW_ONE:
         inverse = reciprocal(x)
         result += (x - b) * inverse * inverse
     return result
+
+
+@triton.jit
+def trigamma_and_kl_slope(e, b):
+    """trigamma(x) and kl_term_slope(x, b) of x = b + e >= 1."""
+    t = reciprocal_fast(e + (b + SHIFT))
+    tail = _trigamma_tail(t)
+    trigamma_x = t + t * tail
+    return trigamma_x, tail - (b + SHIFT) * trigamma_x
 
 
 @triton.jit
@@ -198,11 +241,11 @@ def evidence(z, KIND: tl.constexpr):
 
 
 @triton.jit
-def evidence_slope(z, e, KIND: tl.constexpr):
-    """de / dz, given e = evidence(z, KIND)."""
+def evidence_slope(z, e, KIND: tl.constexpr, NARROW: tl.constexpr = False):
+    """de / dz, given e = evidence(z, KIND); NARROW where it ends up in 16 bits."""
     if KIND == "softplus":
         q = tl.exp2(tl.abs(z) * -LOG2_E)
-        r = reciprocal(1.0 + q)
+        r = reciprocal_fast(1.0 + q) if NARROW else reciprocal(1.0 + q)
         return tl.where(z >= 0.0, r, q * r)
     elif KIND == "relu":
         return tl.where(z > 0.0, 1.0, 0.0)

@@ -2,14 +2,12 @@
 
 The filters are separable, so a plane is reduced first: for each of its voxels the derivative along w and along h,
 each smoothed across the other axis, and the value smoothed across both (`plane_parts`, 9 loads, 5 for the central
-difference). Three successive planes then give the gradient of the middle one (`gradient`), so that a program which
-keeps the parts of two planes in registers loads every plane once:
+difference). Three successive planes then give the gradient of the middle one, so that a program which keeps what it
+needs of two planes in registers loads every plane once:
 
-    before = plane_parts(p_image, z0 - 1, ...)
-    here = plane_parts(p_image, z0, ...)
+    planes = start_march(plane_parts(p_image, z0 - 1, ...), plane_parts(p_image, z0, ...), ...)
     for z in range(z0, z1):
-        after = plane_parts(p_image, z + 1, ...)
-        gradient(before, here, after, z, ...)
+        gradient, planes = march(planes, plane_parts(p_image, z + 1, ...), z, ...)
 
 Side taps are 1 and centre taps CENTRE here; the normalisation is in the scales that `axis_scales` of `launch.py`
 gives. CENTRE is the centre tap over the side tap: 2 for Sobel, 10/3 for Scharr, and 0 says that nothing is smoothed.
@@ -37,13 +35,12 @@ def march_program(D, H, W, STEPS, BLOCK: tl.constexpr):
 
 @triton.jit
 def plane_position(start, W, BLOCK: tl.constexpr):
-    """Row and column (int32) of the BLOCK voxels of a plane that follow the flat index `start` (int64).
+    """Row and column (int32) of the BLOCK voxels of a plane that follow the flat index `start` (int64 or int32).
 
-    The wide division is done once a program; the one a voxel needs stays narrow.
+    A wide division is done once a program; the one a voxel needs stays narrow.
     """
-    row = start // W
-    o_flat = (start - row * W).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    return row.to(tl.int32) + o_flat // W, o_flat % W
+    o_flat = (start % W).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    return (start // W).to(tl.int32) + o_flat // W, o_flat % W
 
 
 @triton.jit
@@ -55,17 +52,32 @@ def neighbour(i, N, PADDING: tl.constexpr):
 
 
 @triton.jit
-def _row_parts(p_row, o_left, o_here, o_right, m, m_first, m_last, CENTRE: tl.constexpr, PADDING: tl.constexpr):
-    """Difference along w and smoothed value of one row, columns extended by PADDING: two [BLOCK]."""
-    m_left, m_right = m, m
+def plane_step(z, D, s_d, PADDING: tl.constexpr):
+    """How far it is from plane z in [0, D) to the one that stands for z + 1 in [1, D]."""
+    back = 0
+    if PADDING == "reflect" or PADDING == "extrapolate":
+        back = tl.where(D > 1, -s_d, 0)
+    return tl.where(z + 1 < D, s_d, back)
+
+
+@triton.jit
+def _read(p, m, PADDING: tl.constexpr):
+    """Voxels as float32; `m` says where there are any, and only `zeros` need it."""
     if PADDING == "zeros":
-        m_left, m_right = m & (m_first == 0), m & (m_last == 0)
-    b_left = tl.load(p_row + o_left, mask=m_left, other=0.0).to(tl.float32)
-    b_here = tl.load(p_row + o_here, mask=m, other=0.0).to(tl.float32)
-    b_right = tl.load(p_row + o_right, mask=m_right, other=0.0).to(tl.float32)
+        return tl.load(p, mask=m, other=0.0).to(tl.float32)
+    else:
+        return tl.load(p).to(tl.float32)
+
+
+@triton.jit
+def _row_parts(p_row, o_left, o_here, o_right, m, m_left, m_right, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """Difference along w and smoothed value of one row, columns extended by PADDING: two [BLOCK]."""
+    b_left = _read(p_row + o_left, m & m_left, PADDING)
+    b_here = _read(p_row + o_here, m, PADDING)
+    b_right = _read(p_row + o_right, m & m_right, PADDING)
     if PADDING == "extrapolate":
-        b_left = tl.where(m_first, 2.0 * b_here - b_left, b_left)
-        b_right = tl.where(m_last, 2.0 * b_here - b_right, b_right)
+        b_left = tl.where(m_left, b_left, 2.0 * b_here - b_left)
+        b_right = tl.where(m_right, b_right, 2.0 * b_here - b_right)
     b_smooth = b_here
     if CENTRE > 0:
         b_smooth = b_left + b_right + CENTRE * b_here
@@ -73,36 +85,47 @@ def _row_parts(p_row, o_left, o_here, o_right, m, m_first, m_last, CENTRE: tl.co
 
 
 @triton.jit
-def plane_parts(p_image, z, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+def plane_parts(p_image, z, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
     """Parts of plane z in [-1, D] at rows `o_h` and columns `o_w`: d/dw, d/dh and the smoothed value, [BLOCK] each.
 
-    `p_image` points to the first voxel of one channel of one image; voxels where `m` is false are 0.
+    `p_image` points to the first voxel of one channel of one image.
     """
-    s_d, s_h, s_w = tl.cast(s_d, tl.int64), tl.cast(s_h, tl.int64), tl.cast(s_w, tl.int64)
-    p_plane = p_image + neighbour(z, D, PADDING) * s_d
+    p_plane = p_image + neighbour(z, D, PADDING) * tl.cast(s_d, tl.int64)
+    return parts(p_plane, (z >= 0) & (z < D), o_h, o_w, H, W, s_h, s_w, CENTRE, PADDING)
+
+
+@triton.jit
+def parts(p_plane, m, o_h, o_w, H, W, s_h, s_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """`plane_parts` of the plane at `p_plane`; `m` says whether it is one of the volume.
+
+    Rows from H on are those of row H - 1: reading some voxel costs less than a mask.
+    """
+    s_h, s_w = tl.cast(s_h, tl.int64), tl.cast(s_w, tl.int64)
+    o_h = tl.minimum(o_h, H - 1)
     o_left, o_here, o_right = neighbour(o_w - 1, W, PADDING) * s_w, o_w * s_w, neighbour(o_w + 1, W, PADDING) * s_w
-    p_above = p_plane + neighbour(o_h - 1, H, PADDING) * s_h
     p_here = p_plane + o_h * s_h
+    p_above = p_plane + neighbour(o_h - 1, H, PADDING) * s_h
     p_below = p_plane + neighbour(o_h + 1, H, PADDING) * s_h
-    m_left, m_right, m_top, m_bottom = o_w == 0, o_w == W - 1, o_h == 0, o_h == H - 1
-    m_above, m_below = m, m
-    if PADDING == "zeros":
-        m = m & (z >= 0) & (z < D)
-        m_above, m_below = m & (o_h > 0), m & (o_h < H - 1)
+    m_left, m_right, m_above, m_below = o_w > 0, o_w < W - 1, o_h > 0, o_h < H - 1
     b_dw, b_here = _row_parts(p_here, o_left, o_here, o_right, m, m_left, m_right, CENTRE, PADDING)
+    m_row_above, m_row_below = m & m_above, m & m_below
     if CENTRE > 0:
-        b_dw_above, b_above = _row_parts(p_above, o_left, o_here, o_right, m_above, m_left, m_right, CENTRE, PADDING)
-        b_dw_below, b_below = _row_parts(p_below, o_left, o_here, o_right, m_below, m_left, m_right, CENTRE, PADDING)
+        b_dw_above, b_above = _row_parts(
+            p_above, o_left, o_here, o_right, m_row_above, m_left, m_right, CENTRE, PADDING
+        )
+        b_dw_below, b_below = _row_parts(
+            p_below, o_left, o_here, o_right, m_row_below, m_left, m_right, CENTRE, PADDING
+        )
         if PADDING == "extrapolate":
-            b_dw_above = tl.where(m_top, 2.0 * b_dw - b_dw_above, b_dw_above)
-            b_dw_below = tl.where(m_bottom, 2.0 * b_dw - b_dw_below, b_dw_below)
+            b_dw_above = tl.where(m_above, b_dw_above, 2.0 * b_dw - b_dw_above)
+            b_dw_below = tl.where(m_below, b_dw_below, 2.0 * b_dw - b_dw_below)
         b_dw = b_dw_above + b_dw_below + CENTRE * b_dw
     else:
-        b_above = tl.load(p_above + o_here, mask=m_above, other=0.0).to(tl.float32)
-        b_below = tl.load(p_below + o_here, mask=m_below, other=0.0).to(tl.float32)
+        b_above = _read(p_above + o_here, m_row_above, PADDING)
+        b_below = _read(p_below + o_here, m_row_below, PADDING)
     if PADDING == "extrapolate":
-        b_above = tl.where(m_top, 2.0 * b_here - b_above, b_above)
-        b_below = tl.where(m_bottom, 2.0 * b_here - b_below, b_below)
+        b_above = tl.where(m_above, b_above, 2.0 * b_here - b_above)
+        b_below = tl.where(m_below, b_below, 2.0 * b_here - b_below)
     b_dh = b_below - b_above
     b_smooth = b_here
     if CENTRE > 0:
@@ -111,59 +134,62 @@ def plane_parts(p_image, z, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE: tl.cons
 
 
 @triton.jit
-def _across_planes(b_before, b_here, b_after, CENTRE: tl.constexpr):
-    """Smoothing along z."""
-    result = b_here
+def _beyond(at_edge, parts_here, parts_beyond, PADDING: tl.constexpr):
+    """The parts of a plane that may lie beyond the first or the last one."""
+    if PADDING == "extrapolate":
+        dw, dh, smooth = parts_beyond
+        parts_beyond = (
+            tl.where(at_edge, 2.0 * parts_here[0] - dw, dw),
+            tl.where(at_edge, 2.0 * parts_here[1] - dh, dh),
+            tl.where(at_edge, 2.0 * parts_here[2] - smooth, smooth),
+        )
+    return parts_beyond
+
+
+@triton.jit
+def _smoothing(before, here, CENTRE: tl.constexpr):
+    """What two planes add to the smoothing along z of the second."""
+    result = here
     if CENTRE > 0:
-        result = b_before + b_after + CENTRE * b_here
+        result = before + CENTRE * here
     return result
 
 
 @triton.jit
-def _mirrored(at_edge, b_here, b_beyond, PADDING: tl.constexpr):
-    """What a plane beyond the last one is worth."""
-    if PADDING == "extrapolate":
-        b_beyond = tl.where(at_edge, 2.0 * b_here - b_beyond, b_beyond)
-    return b_beyond
+def start_march(before, here, z, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """What `march` keeps of planes z - 1 and z, from their parts: its sums of d/dw and d/dh, and what is to come."""
+    before = _beyond(z == 0, here, before, PADDING)
+    return _smoothing(before[0], here[0], CENTRE), _smoothing(before[1], here[1], CENTRE), before[2], here
 
 
 @triton.jit
-def gradient(
-    dw_before, dh_before, smooth_before, dw, dh, smooth, dw_after, dh_after, smooth_after,
-    z, D, scale_d, scale_h, scale_w, CENTRE: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
-    """(d/dd, d/dh, d/dw) of plane z from the parts of planes z - 1, z and z + 1, [BLOCK] each."""
-    first, last = z == 0, z == D - 1
-    smooth_before = _mirrored(first, smooth, smooth_before, PADDING)
-    smooth_after = _mirrored(last, smooth, smooth_after, PADDING)
+def march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """(d/dd, d/dh, d/dw) of plane z, [BLOCK] each, from `after`, the parts of plane z + 1; and `planes` for that."""
+    dw_sum, dh_sum, smooth_before, here = planes
+    after = _beyond(z == D - 1, here, after, PADDING)
+    dw, dh = dw_sum, dh_sum
     if CENTRE > 0:
-        dw_before = _mirrored(first, dw, dw_before, PADDING)
-        dh_before = _mirrored(first, dh, dh_before, PADDING)
-        dw_after = _mirrored(last, dw, dw_after, PADDING)
-        dh_after = _mirrored(last, dh, dh_after, PADDING)
-    return (
-        (smooth_after - smooth_before) * scale_d,
-        _across_planes(dh_before, dh, dh_after, CENTRE) * scale_h,
-        _across_planes(dw_before, dw, dw_after, CENTRE) * scale_w,
-    )
+        dw, dh = dw_sum + after[0], dh_sum + after[1]
+    dw_sum, dh_sum = _smoothing(here[0], after[0], CENTRE), _smoothing(here[1], after[1], CENTRE)
+    gradient = ((after[2] - smooth_before) * scale_d, dh * scale_h, dw * scale_w)
+    return gradient, (dw_sum, dh_sum, here[2], after)
 
 
 @triton.jit
 def voxel_gradient(
-    p_image, z, o_h, o_w, m, D, H, W, s_d, s_h, s_w, scale_d, scale_h, scale_w,
+    p_image, z, o_h, o_w, D, H, W, s_d, s_h, s_w, scale_d, scale_h, scale_w,
     DIMS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """(d/dd, d/dh, d/dw) of plane z without marching: 27 loads in 3D, 9 in 2D (where d/dd is 0)."""
-    dw, dh, smooth = plane_parts(p_image, z, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+    dw, dh, smooth = plane_parts(p_image, z, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
     if DIMS == 2:
         return tl.zeros_like(smooth), dh * scale_h, dw * scale_w
     else:
-        dw0, dh0, smooth0 = plane_parts(p_image, z - 1, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
-        dw2, dh2, smooth2 = plane_parts(p_image, z + 1, o_h, o_w, m, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
-        return gradient(
-            dw0, dh0, smooth0, dw, dh, smooth, dw2, dh2, smooth2,
-            z, D, scale_d, scale_h, scale_w, CENTRE, PADDING,
-        )  # fmt: skip
+        before = plane_parts(p_image, z - 1, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+        after = plane_parts(p_image, z + 1, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+        planes = start_march(before, (dw, dh, smooth), z, CENTRE, PADDING)
+        result, _ = march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
+        return result
 
 
 @triton.jit

@@ -17,12 +17,15 @@ between programs, added in a fixed order; the partition depends on the shape alo
 
 With a unit prior and no class weights the logarithms are deferred: a lane keeps mantissa products and exponent sums
 of its voxels and takes three logarithms at the end. Instructions of the main loop a voxel, and registers a thread,
-for K = 4, bfloat16, `digamma`, unit prior, compiled for sm_90 by Triton 3.7; no spills:
+for K = 4, bfloat16, labels of 8 bits (of 64: up to 6 instructions more), `digamma`, unit prior, compiled for sm_90 by
+Triton 3.7; no spills:
 
                                   forward        backward
-    without supervision           240,  89       271,  48
-    magnitude read                273, 120       300,  72
-    filtered on the march         367,  96       408,  72
+    without supervision           211,  96       237,  48
+    magnitude read                239, 127       263,  63
+    filtered on the march         285,  94       314,  72
+
+Before and after its march a program takes another 950 forward and 344 backward where it filters, 610 and 153 where not.
 
 Logits may have any even spacing of voxels (others are copied first); channels-last ones are read with a stride.
 """
@@ -33,6 +36,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +45,7 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib import device_special as special
 from sure_kernels.kernel_lib import device_taps as taps
-from sure_kernels.kernel_lib import labels
+from sure_kernels.kernel_lib import labels, minimax
 from sure_kernels.kernel_lib.chunks import flat
 from sure_kernels.kernel_lib.launch import (
     Launch,
@@ -64,10 +68,17 @@ NO_GRADIENT, CACHED, MARCHED, FILTERED = 0, 1, 2, 3
 
 _BOUNDARY = tl.constexpr(labels.BOUNDARY)
 _FAR = tl.constexpr(labels.FAR)
-_NOT_COUNTED = tl.constexpr(-1)
-# Stands for 64-bit labels that 32 bits cannot hold: no class.
-_NO_CLASS = tl.constexpr(-2)
+_NO_CLASS = tl.constexpr(-1)
 _BIAS = tl.constexpr(127)
+# So many numbers, one a class, are kept in registers rather than looked up.
+_FEW_CLASSES = tl.constexpr(4)
+# A logit of no evidence, the slope of which is 0 as well; and its bits.
+_NO_EVIDENCE = tl.constexpr(-(2.0**100))
+_NO_EVIDENCE_BITS = tl.constexpr(np.float32(-(2.0**100)).view(np.int32).item())
+# lgamma of 1, 2, ...
+_LGAMMA = tl.constexpr(tuple(math.lgamma(i + 1) for i in range(32)))
+# Half the logarithm of 1 + SHIFT.
+_HALF_LN_Y_ONE = tl.constexpr(0.5 * math.log1p(minimax.SHIFT))
 _EULER_GAMMA = tl.constexpr(0.5772156649015329)
 _SMOOTH_TARGET = tl.constexpr(SMOOTH_TARGET)
 _TVERSKY_EPS = tl.constexpr(TVERSKY_EPS)
@@ -75,22 +86,40 @@ _SOFT_DICE_EPS = tl.constexpr(SOFT_DICE_EPS)
 
 
 @triton.jit
-def _load_label(p_label, p_mask, o_voxel, m, ignore_index, HAS_MASK: tl.constexpr):
-    """Label (int32; _NOT_COUNTED where the voxel is ignored or masked) and whether it counts, [BLOCK] each."""
-    b_raw = tl.load(p_label + o_voxel, mask=m, other=0)
-    counted = m & (b_raw != ignore_index)
-    if HAS_MASK:
-        counted = counted & (tl.load(p_mask + o_voxel, mask=m, other=0) != 0)
-    b_label = b_raw.to(tl.int32)
-    if b_raw.dtype.primitive_bitwidth > 32:
-        b_label = tl.where(b_label.to(tl.int64) == b_raw, b_label, _NO_CLASS)
-    return tl.where(counted, b_label, _NOT_COUNTED), counted
+def _load(p, m, WHOLE: tl.constexpr):
+    """What `p` points to; `m` says where there is anything, which with WHOLE is everywhere."""
+    if WHOLE:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
 
 
 @triton.jit
-def _load_logit(p_z, o_z, m, counted):
+def _load_label(p_label, p_mask, o_voxel, m, ignore_index, HAS_MASK: tl.constexpr, WHOLE: tl.constexpr):
+    """Label (int32; _NO_CLASS for one of 64 bits that they do not hold) and whether the voxel counts, [BLOCK] each."""
+    b_raw = _load(p_label + o_voxel, m, WHOLE)
+    counted = m & (b_raw != ignore_index)
+    if HAS_MASK:
+        counted = counted & (_load(p_mask + o_voxel, m, WHOLE) != 0)
+    b_label = b_raw.to(tl.int32)
+    if b_raw.dtype.primitive_bitwidth > 32:
+        b_label = tl.where((b_raw >> 32) == 0, b_label, _NO_CLASS)
+    return b_label, counted
+
+
+@triton.jit
+def _load_logit(p_z, o_z, m, counted, REST: tl.constexpr, WHOLE: tl.constexpr):
+    """Logit as float32, or REST where the voxel does not count."""
     # Replaced, not multiplied by 0: NaN logits in voxels that do not count must not reach the sums.
-    return tl.where(counted, tl.load(p_z + o_z, mask=m, other=0.0).to(tl.float32), 0.0)
+    raw = _load(p_z + o_z, m, WHOLE)
+    if raw.dtype == tl.bfloat16:
+        # Its bits are the upper half of float32's: moved up or wiped out in one multiplication of integers.
+        bits = raw.to(tl.uint16, bitcast=True).to(tl.int32) * tl.where(counted, 1 << 16, 0)
+        if REST != 0.0:
+            bits += tl.where(counted, 0, _NO_EVIDENCE_BITS)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return tl.where(counted, raw.to(tl.float32), REST)
 
 
 @triton.jit
@@ -126,52 +155,66 @@ def _kl_of_sum(t, b_y, lgamma_b_y, prior_sum, official, BELOW_ONE: tl.constexpr)
 
 @triton.jit
 def _slopes(
-    a_y, gap, total, inverse, squares, s_kl, dp_a, c_tp, w_ace, w_kl, prior_sum, error_factor,
+    a_y, gap, total, inverse, squares, excess, dp_a, c_tp, w_ace, w_kl, prior_sum, error_factor,
     KIND: tl.constexpr, BELOW_ONE: tl.constexpr,
 ):  # fmt: skip
-    """Shares of dL/da of all classes, of the true one, of the wrong ones, and of a wrong one per unit of its a.
+    """dL/da of the true class and of a wrong one, and what the latter has besides per unit of its a.
 
-    `dp_a` is the sum of dL/dp_k a_k for Dice, `c_tp` its dL/dTP_y. What belongs to one class alone, its own KL term
-    or psi(a_y), is not in here.
+    `dp_a` is the sum of dL/dp_k a_k for Dice, and of dL/du sum b for supervision; `c_tp` is Dice's dL/dTP_y. What
+    belongs to one class alone is not in here: see `_class_slope`.
     """
-    da_all = -dp_a * (inverse * inverse)
+    inverse_square = inverse * inverse
     da_own = c_tp * inverse
-    da_wrong = -w_kl * special.kl_term_slope(s_kl, prior_sum, BELOW_ONE)
     per_a = tl.zeros_like(inverse)
     if KIND == "digamma":
-        da_all += w_ace * special.trigamma(total, BELOW_ONE)
+        da_all = w_ace * special.trigamma(total, BELOW_ONE)
     elif KIND == "log":
-        da_all += w_ace * inverse
+        da_all = w_ace * inverse
         da_own -= w_ace * special.reciprocal(a_y)
     else:
         # Derivative by p_k: 2 F (p_k, or -q_y for the true class) - 2 p_k / (S + 1).
         next_inverse = special.reciprocal(total + 1.0)
-        q_y, p_y, wrong_square = gap * inverse, a_y * inverse, squares * inverse * inverse
+        q_y, p_y, wrong_square = gap * inverse, a_y * inverse, squares * inverse_square
         variance = 2.0 * q_y - (q_y * q_y + wrong_square)
         dp_y = -2.0 * (error_factor * q_y + p_y * next_inverse)
         dp_wrong = 2.0 * (error_factor - next_inverse)
         mean_dp = p_y * dp_y + wrong_square * dp_wrong
-        da_all -= w_ace * (mean_dp * inverse + variance * next_inverse * next_inverse)
+        da_all = -w_ace * (mean_dp * inverse + variance * next_inverse * next_inverse)
         da_own += w_ace * dp_y * inverse
-        per_a = w_ace * dp_wrong * inverse * inverse
-    return da_all, da_own, da_wrong, per_a
-
-
-@triton.jit
-def _own_slope(a, b, is_y, w_ace, w_kl, KIND: tl.constexpr, BELOW_ONE: tl.constexpr):
-    """The share of dL/da that belongs to one class alone: of its KL term, or of psi(a_y) for the true class."""
-    da = w_kl * special.kl_term_slope(a, b, BELOW_ONE)
-    if KIND == "digamma":
-        return tl.where(is_y, -w_ace * special.trigamma(a, BELOW_ONE), da)
+        per_a = w_ace * dp_wrong * inverse_square
+    da_all -= dp_a * inverse_square
+    if BELOW_ONE:
+        slope = special.kl_term_slope(prior_sum + excess, prior_sum, True)
     else:
-        return tl.where(is_y, 0.0, da)
+        _, slope = special.trigamma_and_kl_slope(excess, prior_sum)
+    return da_all + da_own, da_all - w_kl * slope, per_a
 
 
 @triton.jit
-def _load_supervision(p_coefficients, p_means, up):
-    """(c_g, c_u, c_far, mean g, mean u) of an image."""
+def _class_slope(e, b, is_y, KIND: tl.constexpr, BELOW_ONE: tl.constexpr):
+    """What a class has to itself: the slope of its KL term, or for the true one that of psi(a_y)."""
+    if BELOW_ONE:
+        trigamma, slope = special.trigamma(e + b, True), special.kl_term_slope(e + b, b, True)
+    else:
+        trigamma, slope = special.trigamma_and_kl_slope(e, b)
+    if KIND == "digamma":
+        slope = tl.where(is_y, trigamma, slope)
+    return slope
+
+
+@triton.jit
+def _class_da(slope, is_y, da_own, da_wrong, w_ace, w_kl, KIND: tl.constexpr):
+    """dL/da of a class, from its `_class_slope`, but for what Dice has."""
+    if KIND == "digamma":
+        da_own -= w_ace * slope
+    return tl.where(is_y, da_own, da_wrong + w_kl * slope)
+
+
+@triton.jit
+def _load_supervision(p_coefficients, p_means, factor):
+    """(c_g, c_u, c_far, mean g, mean u) of an image, the first three times `factor`."""
     return (
-        tl.load(p_coefficients) * up, tl.load(p_coefficients + 1) * up, tl.load(p_coefficients + 2) * up,
+        tl.load(p_coefficients) * factor, tl.load(p_coefficients + 1) * factor, tl.load(p_coefficients + 2) * factor,
         tl.load(p_means), tl.load(p_means + 1),
     )  # fmt: skip
 
@@ -191,14 +234,14 @@ def _weight(p_table, b_label, K: tl.constexpr):
 
 @triton.jit
 def _filtered(
-    p_image, z, o_h, o_w, m, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
+    p_image, z, o_h, o_w, channels, voxels, plane, D, H, W, scale_d, scale_h, scale_w,
     DIMS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """Gradient magnitude of plane z, all channels, without marching, [BLOCK]."""
     result = tl.zeros(o_h.shape, tl.float32)
     for c in range(0, channels):
         gd, gh, gw = taps.voxel_gradient(
-            p_image + c * voxels, z, o_h, o_w, m, D, H, W, tl.cast(H, tl.int64) * W, W, 1,
+            p_image + c * voxels, z, o_h, o_w, D, H, W, plane, W, 1,
             scale_d, scale_h, scale_w, DIMS, CENTRE, PADDING,
         )  # fmt: skip
         square = gd * gd + gh * gh + gw * gw
@@ -215,56 +258,88 @@ def _filtered(
 
 
 @triton.jit
-def _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
-    """Gradient magnitude of plane z from the parts of three planes, [BLOCK]."""
-    gd, gh, gw = taps.gradient(
-        before[0], before[1], before[2], here[0], here[1], here[2], after[0], after[1], after[2],
-        z, D, scale_d, scale_h, scale_w, CENTRE, PADDING,
-    )  # fmt: skip
-    return tl.sqrt(gd * gd + gh * gh + gw * gw)
-
-
-@triton.jit
-def _add_moments(moments, b_band, counted, u, g):
-    """Moments of boundary voxels about the lane's first one, which cannot cancel, and sums of far ones."""
-    n, g0, u0, sg, su, sgg, sgu, suu, far_n, far_u = moments
+def _add_moments(moments, b_band, counted, inverse, g):
+    """Moments of g and 1 / S on the boundary about the lane's first ones, which cannot cancel, and sums far from it."""
+    n, g0, r0, sg, sr, sgg, sgr, srr, far_n, far_r = moments
     on = counted & (b_band == _BOUNDARY)
     far = counted & (b_band == _FAR)
     first = on & (n == 0.0)
     g0 = tl.where(first, g, g0)
-    u0 = tl.where(first, u, u0)
-    dg = tl.where(on, g - g0, 0.0)
-    du = tl.where(on, u - u0, 0.0)
+    r0 = tl.where(first, inverse, r0)
+    dg = g - g0
+    dr = inverse - r0
     return (
-        n + tl.where(on, 1.0, 0.0), g0, u0, sg + dg, su + du, sgg + dg * dg, sgu + dg * du, suu + du * du,
-        far_n + tl.where(far, 1.0, 0.0), far_u + tl.where(far, u, 0.0),
+        tl.where(on, n + 1.0, n), g0, r0, tl.where(on, sg + dg, sg), tl.where(on, sr + dr, sr),
+        tl.where(on, sgg + dg * dg, sgg), tl.where(on, sgr + dg * dr, sgr), tl.where(on, srr + dr * dr, srr),
+        tl.where(far, far_n + 1.0, far_n), tl.where(far, far_r + inverse, far_r),
     )  # fmt: skip
 
 
 @triton.jit
-def _store_moments(p_out, s_column, moments):
-    """Lanes' moments -> about the program's means (float32) -> raw ones (float64), which programs can add."""
-    n, g0, u0, sg, su, sgg, sgu, suu, far_n, far_u = moments
-    number = tl.sum(n)
+def _sums_of(values, FIRST: tl.constexpr, NUMBER: tl.constexpr):
+    """Sums of NUMBER (a power of two) of the [BLOCK] tensors `values`, in one reduction: a tuple of scalars."""
+    tensors = values[FIRST : FIRST + NUMBER]
+    for level in tl.static_range(6):
+        if NUMBER >> level > 1:
+            pairs = ()
+            for i in tl.static_range(NUMBER >> (level + 1)):
+                pairs += (tl.join(tensors[i], tensors[i + (NUMBER >> (level + 1))]),)
+            tensors = pairs
+    sums = (tl.sum(tensors[0], 0),)
+    for level in tl.static_range(6):
+        if 1 << level < NUMBER:
+            ones, others = (), ()
+            for i in tl.static_range(1 << level):
+                one, other = tl.split(sums[i])
+                ones += (one,)
+                others += (other,)
+            sums = ones + others
+    return sums
+
+
+@triton.jit
+def _sums(values, NUMBER: tl.constexpr):
+    """Sums of the NUMBER [BLOCK] tensors `values`, scalars: in few reductions, for the barriers in each."""
+    sums = ()
+    for level in tl.static_range(7):
+        # Pieces by the bits of NUMBER, larger ones first.
+        if (NUMBER & (64 >> level)) != 0:
+            sums += _sums_of(values, NUMBER - NUMBER % (128 >> level), 64 >> level)
+    return sums
+
+
+@triton.jit
+def _store_moments(p_out, s_column, moments, number, g_sum, r_sum, far_n, far_r, prior_sum):
+    """Lanes' moments -> of g and u about the program's means, float32 -> raw ones, float64, which programs can add.
+
+    The scalars are sums: `number` of n, `g_sum` and `r_sum` of g and 1 / S on the boundary, `far_n` and `far_r`.
+    """
+    n, g0, r0, sg, sr, sgg, sgr, srr, _, _ = moments
     safe = tl.maximum(number, 1.0)
-    g_mean = tl.sum(n * g0 + sg) / safe
-    u_mean = tl.sum(n * u0 + su) / safe
+    g_mean, r_mean = g_sum / safe, r_sum / safe
     dg = tl.where(n > 0.0, g0 - g_mean, 0.0)
-    du = tl.where(n > 0.0, u0 - u_mean, 0.0)
-    g1 = tl.sum(sg + n * dg).to(tl.float64)
-    u1 = tl.sum(su + n * du).to(tl.float64)
-    gg = tl.sum(sgg + dg * (2.0 * sg + n * dg)).to(tl.float64)
-    gu = tl.sum(sgu + dg * su + du * (sg + n * dg)).to(tl.float64)
-    uu = tl.sum(suu + du * (2.0 * su + n * du)).to(tl.float64)
-    n64, gm, um = number.to(tl.float64), g_mean.to(tl.float64), u_mean.to(tl.float64)
+    dr = tl.where(n > 0.0, r0 - r_mean, 0.0)
+    about_means = (
+        sg + n * dg, sgg + dg * (2.0 * sg + n * dg), sr + n * dr, sgr + dg * sr + dr * (sg + n * dg),
+        srr + dr * (2.0 * sr + n * dr),
+    )  # fmt: skip
+    g1, gg, r1, gr, rr = _sums(about_means, 5)
+    n64, gm, um, b = number.to(tl.float64), g_mean.to(tl.float64), r_mean.to(tl.float64) * prior_sum, prior_sum
+    g1, gg, u1, gu, uu = (
+        g1.to(tl.float64),
+        gg.to(tl.float64),
+        r1.to(tl.float64) * b,
+        gr.to(tl.float64) * b,
+        rr.to(tl.float64) * b * b,
+    )
     tl.store(p_out, n64)
     tl.store(p_out + s_column, g1 + n64 * gm)
     tl.store(p_out + 2 * s_column, gg + gm * (2.0 * g1 + n64 * gm))
     tl.store(p_out + 3 * s_column, u1 + n64 * um)
     tl.store(p_out + 4 * s_column, gu + gm * u1 + um * (g1 + n64 * gm))
     tl.store(p_out + 5 * s_column, uu + um * (2.0 * u1 + n64 * um))
-    tl.store(p_out + 6 * s_column, tl.sum(far_n).to(tl.float64))
-    tl.store(p_out + 7 * s_column, tl.sum(far_u).to(tl.float64))
+    tl.store(p_out + 6 * s_column, far_n.to(tl.float64))
+    tl.store(p_out + 7 * s_column, far_r.to(tl.float64) * b)
 
 
 @triton.jit(do_not_specialize=["voxels", "depth", "march", "channels", "D", "H", "W", "ignore_index"])
@@ -283,21 +358,25 @@ def sums_kernel(
     p_table holds prior, lgamma(prior) and class weights, (3, K) float32; it is read unless UNIT_PRIOR and not
     WEIGHTED. `official` is 1.0 where the true class's prior counts as 1 in KL.
     """
-    i_program = tl.program_id(0).to(tl.int64)
+    i_program = tl.program_id(0)
     i_image = tl.program_id(1).to(tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     voxels = tl.cast(voxels, tl.int64)
     blocks = tl.cdiv(plane, BLOCK)
     i_block, i_march = i_program % blocks, i_program // blocks
-    o_plane = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK], within the plane
-    z_first = i_march * march
+    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
+    # Planes of a volume are as large as each other: lanes past their end read the last voxel, and it does not count.
+    WHOLE: tl.constexpr = GRADIENT >= 2
+    m_plane = o_plane < plane
+    if WHOLE:
+        o_plane = tl.minimum(o_plane, plane - 1)
+    z_first = (i_march.to(tl.int64) * march).to(tl.int32)
     z_end = tl.minimum(z_first + march, depth)
     p_z += i_image * s_image
     p_label += i_image * voxels
     p_mask += i_image * voxels
     p_band += i_image * voxels
     p_image += i_image * channels * voxels
-    o_logit = o_plane.to(tl.int64) * s_voxel
 
     zero = tl.zeros([BLOCK], tl.float32)
     one = zero + 1.0
@@ -305,7 +384,8 @@ def sums_kernel(
     # Factors between two normalisations of a product: four of up to 2^31 stay below the largest float32.
     FACTORS: tl.constexpr = 4
     m_ratio, m_wrong, m_total = one, one, one
-    k_ratio, k_wrong, k_total = zero.to(tl.int32), zero.to(tl.int32), zero.to(tl.int32)
+    none = tl.zeros([BLOCK], tl.int32)
+    k_ratio, k_wrong, k_total = none, none, none
     acc_n, acc_w, acc_ace, acc_kl, acc_inverse = zero, zero, zero, zero, zero
     acc_tp, acc_e, acc_y, prior = (), (), (), ()
     for c in tl.static_range(K):
@@ -316,51 +396,73 @@ def sums_kernel(
             prior += (1.0,)
         else:
             prior += (tl.load(p_table + c),)
+    kl_start = zero - lgamma_prior_sum
+    if UNIT_PRIOR:
+        # 1.0, read for `split_exponent`.
+        one_read = tl.load(p_table)
+        one_bits = one_read.to(tl.int32, bitcast=True)
+        # A class without evidence has no KL; what the polynomial makes of it is known to the bit, and taken off.
+        t_one = special.reciprocal_fast(one_read + special.SHIFT)
+        no_evidence = special.add_kl_term_one_polynomial(0.0, t_one) - _HALF_LN_Y_ONE
+        kl_start += (K - 1) * special.KL_TERM_ONE_CONSTANT - no_evidence
+    if DEFERRED:
+        # Constants are added to the sums, where they cost no bits.
+        kl_start = zero
     moments = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     if GRADIENT >= 2:
-        m_plane = o_plane < plane
         o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
     if GRADIENT == 2:
-        s_plane = tl.cast(H, tl.int64) * W
-        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
-        here = taps.plane_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
+        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
+        here = taps.plane_parts(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
+        planes = taps.start_march(before, here, z_first, CENTRE, PADDING)
+    o_first = tl.cast(z_first, tl.int64) * plane
 
     for z in range(z_first, z_end):
-        o_first = tl.cast(z, tl.int64) * plane
-        m = o_plane < tl.minimum(voxels - o_first, plane).to(tl.int32)
-        b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_plane, m, ignore_index, HAS_MASK)
+        o_next = o_first + plane
+        if GRADIENT >= 2:
+            # To the plane of the image that stands for z + 1. It is no multiple of z to the compiler, which otherwise
+            # moves a pointer for each tensor and class along.
+            o_next = o_first + taps.plane_step(z, depth, plane, PADDING)
+        o_voxel = o_first + o_plane
+        m = m_plane
+        if not WHOLE:
+            m = o_plane < tl.minimum(voxels - o_first, plane).to(tl.int32)
+        b_label, counted = _load_label(p_label, p_mask, o_voxel, m, ignore_index, HAS_MASK, WHOLE)
+        b_label = tl.where(counted, b_label, _NO_CLASS)
 
         # 1. Evidence, and over the wrong classes: its sum t, KL's terms, and sum a^2 for `mse`.
-        p_row = p_z + o_first * s_voxel
         e_y, t, squares, evidences = zero, zero, zero, ()
-        kl = zero - lgamma_prior_sum
-        factor = m_wrong
+        kl = kl_start
+        factor = one
         for c in tl.static_range(K):
-            e = special.evidence(_load_logit(p_row + c * s_class, o_logit, m, counted), EVIDENCE)
+            e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted, 0.0, WHOLE), EVIDENCE)
             evidences += (e,)
             is_y = b_label == c
-            own = tl.where(is_y, 1.0, 0.0)
-            wrong = tl.where(is_y, 0.0, 1.0)
-            e_y += own * e
-            t += wrong * e
-            a = e + prior[c]
+            e_wrong = tl.where(is_y, 0.0, e)
+            e_y = tl.where(is_y, e, e_y)
+            if c == 0:
+                t = e_wrong
+            else:
+                t += e_wrong
             if KIND == "mse":
-                squares += wrong * (a * a)
+                squares = tl.where(is_y, squares, squares + (e + prior[c]) * (e + prior[c]))
             if UNIT_PRIOR:
-                y = a + special.SHIFT
-                kl += wrong * special.kl_term_one_polynomial(special.reciprocal_fast(y))
-                factor *= tl.where(is_y, 1.0, y)
+                # The true class's term, of evidence 0, is taken off in `kl_start`.
+                y = e_wrong + (1.0 + special.SHIFT)
+                kl = special.add_kl_term_one_polynomial(kl, special.reciprocal_fast(y))
+                if c % FACTORS == 0:
+                    factor = y
+                else:
+                    factor *= y
                 if c % FACTORS == FACTORS - 1 or c == K - 1:
                     if DEFERRED:
-                        m_factor, k_factor = special.split_exponent(tl.where(counted, factor, m_wrong))
-                        m_wrong = m_factor
-                        k_wrong += k_factor
-                        factor = m_factor
+                        m_wrong, k = special.split_exponent(tl.where(counted, m_wrong * factor, m_wrong), one_bits)
+                        k_wrong += k
                     else:
                         kl -= 0.5 * special.ln(factor)
-                        factor = one
             else:
-                kl += wrong * (special.kl_term(a, prior[c], BELOW_ONE) + tl.load(p_table + K + c))
+                kl_term = special.kl_term(e + prior[c], prior[c], BELOW_ONE) + tl.load(p_table + K + c)
+                kl = tl.where(is_y, kl, kl + kl_term)
 
         # 2. The sums of concentrations.
         b_y = one
@@ -370,28 +472,28 @@ def sums_kernel(
         gap = t + (prior_sum - b_y)  # S - a_y, without cancellation
         total = a_y + gap
         inverse = special.reciprocal(total)
-        u = prior_sum * inverse
 
         # 3. Expected cross-entropy.
         if DEFERRED and KIND == "digamma":
-            t_y = special.reciprocal(a_y + special.SHIFT)
+            t_y = special.reciprocal(e_y + (1.0 + special.SHIFT))
             t_total = special.reciprocal_fast(total + special.SHIFT)
-            ratio = 1.0 + gap * t_y
+            m_ratio = tl.where(counted, m_ratio * (1.0 + gap * t_y), m_ratio)
             ace = special.digamma_polynomial(t_total) - special.digamma_polynomial(t_y)
         elif DEFERRED and KIND == "log":
-            ratio = 1.0 + gap * special.reciprocal(a_y)
+            m_ratio = tl.where(counted, m_ratio * (1.0 + gap * special.reciprocal(a_y)), m_ratio)
             ace = zero
         else:
             ace = _cross_entropy(a_y, gap, total, inverse, squares, error_factor, KIND, BELOW_ONE)
 
         # 4. KL.
         if DEFERRED:
-            s_kl = t + prior_sum
-            kl -= special.kl_term_without_log(s_kl, prior_sum)
-            m_total, k = special.split_exponent(m_total * tl.where(counted, s_kl + special.SHIFT, 1.0))
+            y = t + (K + special.SHIFT)
+            kl = special.subtract_kl_term_polynomial(kl, special.reciprocal_fast(y), K)
+            m_total = tl.where(counted, m_total * y, m_total)
+            m_total, k = special.split_exponent(m_total, one_bits)
             k_total += k
             if KIND != "mse":
-                m_ratio, k = special.split_exponent(m_ratio * tl.where(counted, ratio, 1.0))
+                m_ratio, k = special.split_exponent(m_ratio, one_bits)
                 k_ratio += k
         elif UNIT_PRIOR:
             kl -= special.kl_term(t + prior_sum, prior_sum, BELOW_ONE)
@@ -399,70 +501,90 @@ def sums_kernel(
             kl += _kl_of_sum(t, b_y, _own(p_table + K, b_label, K), prior_sum, official, BELOW_ONE)
 
         # 5. Running sums.
-        acc_n += tl.where(counted, 1.0, 0.0)
+        count = tl.where(counted, 1.0, 0.0)
+        acc_n += count
         if WEIGHTED:
             weight = _weight(p_table, b_label, K)
             acc_w += weight
             ace *= weight
             kl *= weight
-        acc_ace += tl.where(counted, ace, 0.0)
-        acc_kl += tl.where(counted, kl, 0.0)
-        counted_inverse = tl.where(counted, inverse, 0.0)
+        acc_ace += count * ace
+        acc_kl += count * kl
+        counted_inverse = count * inverse
         acc_inverse += counted_inverse
         p_y = a_y * counted_inverse
         next_tp, next_e, next_y = (), (), ()
         for c in tl.static_range(K):
-            own = tl.where(b_label == c, 1.0, 0.0)
-            next_tp += (acc_tp[c] + own * p_y,)
+            is_y = b_label == c
+            next_tp += (tl.where(is_y, acc_tp[c] + p_y, acc_tp[c]),)
             next_e += (acc_e[c] + evidences[c] * counted_inverse,)
-            next_y += (acc_y[c] + own,)
+            next_y += (tl.where(is_y, acc_y[c] + 1.0, acc_y[c]),)
         acc_tp, acc_e, acc_y = next_tp, next_e, next_y
 
         # 6. Supervision.
         if GRADIENT != 0:
-            b_band = tl.load(p_band + o_first + o_plane, mask=m, other=0)
+            b_band = _load(p_band + o_voxel, m, WHOLE)
             if GRADIENT == 1:
                 on = counted & (b_band == _BOUNDARY)
-                g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
+                g = tl.load(p_image + o_voxel, mask=on, other=0.0).to(tl.float32)
             elif GRADIENT == 2:
-                after = taps.plane_parts(p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
-                g = _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
-                before, here = here, after
+                after = taps.parts(p_image + o_next, z + 1 < D, o_h, o_w, H, W, W, 1, CENTRE, PADDING)
+                derivatives, planes = taps.march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
+                gd, gh, gw = derivatives
+                g = tl.sqrt(gd * gd + gh * gh + gw * gw)
             else:
                 g = _filtered(
-                    p_image, z, o_h, o_w, m_plane, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
+                    p_image, z, o_h, o_w, channels, voxels, plane, D, H, W, scale_d, scale_h, scale_w,
                     DIMS, CENTRE, PADDING, REDUCTION,
                 )  # fmt: skip
-            moments = _add_moments(moments, b_band, counted, u, g)
+            moments = _add_moments(moments, b_band, counted, inverse, g)
+        o_first = o_next
 
+    ace, kl = acc_ace, acc_kl
     if DEFERRED:
-        steps = tl.maximum(z_end - z_first, 0)
-        products: tl.constexpr = (K + FACTORS - 1) // FACTORS
+        kl += (K - 0.5) * special.ln(m_total) - 0.5 * special.ln(m_wrong)
         if KIND != "mse":
-            acc_ace += special.ln(m_ratio) + (k_ratio - steps * _BIAS).to(tl.float32) * special.LN_2
-        ln_wrong = special.ln(m_wrong) + (k_wrong - steps * (products * _BIAS)).to(tl.float32) * special.LN_2
-        ln_total = special.ln(m_total) + (k_total - steps * _BIAS).to(tl.float32) * special.LN_2
-        acc_kl += (prior_sum - 0.5) * ln_total - 0.5 * ln_wrong
+            ace += special.ln(m_ratio)
+    NUMBER: tl.constexpr = 5 + 3 * K + (5 if GRADIENT != 0 else 0)
+    values = (acc_n, acc_w, ace, kl, acc_inverse)
+    values += acc_tp
+    values += acc_e
+    values += acc_y
+    if GRADIENT != 0:
+        n, g0, r0, sg, sr = moments[0], moments[1], moments[2], moments[3], moments[4]
+        values += (n, n * g0 + sg, n * r0 + sr, moments[8], moments[9])
+    sums = _sums(values, NUMBER)
+    number, inverse_sum = sums[0].to(tl.float64), sums[4].to(tl.float64)
+    ace_sum, kl_sum = sums[2].to(tl.float64), sums[3].to(tl.float64)
+    if DEFERRED:
+        # Exponents are added as integers: as large as the sums are, float32 would cost them bits.
+        biases = tl.maximum(z_end - z_first, 0) * (BLOCK * _BIAS)
+        products: tl.constexpr = (K + FACTORS - 1) // FACTORS
+        exponents = tl.sum((2 * K - 1) * k_total - k_wrong) - (2 * K - 1 - products) * biases
+        kl_sum += (0.5 * special.LN_2) * exponents.to(tl.float64)
+        if KIND != "mse":
+            ace_sum += special.LN_2 * (tl.sum(k_ratio) - biases).to(tl.float64)
+        constant: tl.constexpr = (K - 1) * special.KL_TERM_ONE_CONSTANT + special.KL_TERM_CONSTANT - K - _LGAMMA[K - 1]
+        kl_sum += number * (constant - no_evidence.to(tl.float64))
 
     columns: tl.constexpr = 4 + 3 * K + (8 if GRADIENT != 0 else 0)
     s_column = tl.num_programs(0).to(tl.int64)
     p_out = p_partial + i_image * columns * s_column + i_program
-    number = tl.sum(acc_n).to(tl.float64)
-    inverse_sum = tl.sum(acc_inverse).to(tl.float64)
     tl.store(p_out, number)
-    if WEIGHTED:
-        tl.store(p_out + s_column, tl.sum(acc_w).to(tl.float64))
-    else:
-        tl.store(p_out + s_column, number)
-    tl.store(p_out + 2 * s_column, tl.sum(acc_ace).to(tl.float64))
-    tl.store(p_out + 3 * s_column, tl.sum(acc_kl).to(tl.float64))
+    tl.store(p_out + s_column, sums[1].to(tl.float64) if WEIGHTED else number)
+    tl.store(p_out + 2 * s_column, ace_sum)
+    tl.store(p_out + 3 * s_column, kl_sum)
     p_out += 4 * s_column
     for c in tl.static_range(K):
-        tl.store(p_out + c * s_column, tl.sum(acc_tp[c]).to(tl.float64))
-        tl.store(p_out + (K + c) * s_column, tl.sum(acc_e[c]).to(tl.float64) + inverse_sum * prior[c])
-        tl.store(p_out + (2 * K + c) * s_column, tl.sum(acc_y[c]).to(tl.float64))
+        tl.store(p_out + c * s_column, sums[5 + c].to(tl.float64))
+        tl.store(p_out + (K + c) * s_column, sums[5 + K + c].to(tl.float64) + inverse_sum * prior[c])
+        tl.store(p_out + (2 * K + c) * s_column, sums[5 + 2 * K + c].to(tl.float64))
     if GRADIENT != 0:
-        _store_moments(p_out + 3 * K * s_column, s_column, moments)
+        i: tl.constexpr = 5 + 3 * K
+        _store_moments(
+            p_out + 3 * K * s_column, s_column, moments,
+            sums[i], sums[i + 1], sums[i + 2], sums[i + 3], sums[i + 4], prior_sum,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["voxels", "K", "ignore_index"])
@@ -483,12 +605,13 @@ def many_sums_kernel(
     m = o_voxel < voxels
     p_z += i_image * s_image
     o_first = i_image * voxels
-    b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_voxel, m, ignore_index, HAS_MASK)
+    b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_voxel, m, ignore_index, HAS_MASK, False)
+    b_label = tl.where(counted, b_label, _NO_CLASS)
 
     e_y = tl.zeros([BLOCK], tl.float32)
     t, squares, kl = e_y, e_y, e_y - lgamma_prior_sum
     for c in range(0, K):
-        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted), EVIDENCE)
+        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted, 0.0, False), EVIDENCE)
         is_y = b_label == c
         b = tl.load(p_table + c)
         a = e + b
@@ -517,7 +640,7 @@ def many_sums_kernel(
     p_out += 4 * s_column
     counted_inverse = tl.where(counted, inverse, 0.0)
     for c in range(0, K):
-        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted), EVIDENCE)
+        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted, 0.0, False), EVIDENCE)
         is_y = b_label == c
         p = (e + tl.load(p_table + c)) * counted_inverse
         p_class = p_out + c * s_column
@@ -530,8 +653,10 @@ def many_sums_kernel(
         g = tl.load(p_image + o_first + o_voxel, mask=on, other=0.0).to(tl.float32)
         zero = tl.zeros([BLOCK], tl.float32)
         moments = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
-        moments = _add_moments(moments, b_band, counted, prior_sum * inverse, g)
-        _store_moments(p_out + 3 * K * s_column, s_column, moments)
+        moments = _add_moments(moments, b_band, counted, inverse, g)
+        n, g0, r0, sg, sr = moments[0], moments[1], moments[2], moments[3], moments[4]
+        number, g_sum, r_sum, far_n, far_r = _sums((n, n * g0 + sg, n * r0 + sr, moments[8], moments[9]), 5)
+        _store_moments(p_out + 3 * K * s_column, s_column, moments, number, g_sum, r_sum, far_n, far_r, prior_sum)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -664,16 +789,24 @@ def gradient_kernel(
     CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dL/dz of every voxel, 0 where it does not count. Coefficients are float32 and scaled by *p_up in here."""
-    i_program = tl.program_id(0).to(tl.int64)
+    """dL/dz of every voxel, 0 where it does not count: there the logit read is one without evidence or slope.
+
+    Coefficients are float32 and scaled by *p_up in here.
+    """
+    i_program = tl.program_id(0)
     i_image = tl.program_id(1).to(tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     s_dz_class, s_dz_voxel = tl.cast(s_dz_class, tl.int64), tl.cast(s_dz_voxel, tl.int64)
     voxels = tl.cast(voxels, tl.int64)
     blocks = tl.cdiv(plane, BLOCK)
     i_block, i_march = i_program % blocks, i_program // blocks
-    o_plane = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK], within the plane
-    z_first = i_march * march
+    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
+    # Planes of a volume are as large as each other: lanes past their end read the last voxel, and it does not count.
+    WHOLE: tl.constexpr = GRADIENT >= 2
+    m_plane = o_plane < plane
+    if WHOLE:
+        o_plane = tl.minimum(o_plane, plane - 1)
+    z_first = (i_march.to(tl.int64) * march).to(tl.int32)
     z_end = tl.minimum(z_first + march, depth)
     p_z += i_image * s_image
     p_dz += i_image * s_dz_image
@@ -682,14 +815,16 @@ def gradient_kernel(
     p_band += i_image * voxels
     p_image += i_image * channels * voxels
     p_coefficients += i_image * s_coefficients
-    o_logit = o_plane.to(tl.int64) * s_voxel
-    o_dz = o_plane.to(tl.int64) * s_dz_voxel
 
+    # Where dL/dz is rounded to 16 bits, the last bits of the evidence's slope do not matter.
+    NARROW: tl.constexpr = p_dz.dtype.element_ty != tl.float32
     up = tl.load(p_up).to(tl.float32)
     c_ace = tl.load(p_coefficients) * up
     c_kl = tl.load(p_coefficients + 1) * up
-    c_p, prior, c_p_prior = (), (), 0.0
+    c_p, c_tps, prior, c_p_prior = (), (), (), 0.0
     for c in tl.static_range(K):
+        if K <= _FEW_CLASSES:
+            c_tps += (tl.load(p_coefficients + 2 + c) * up,)
         c_p += (tl.load(p_coefficients + 2 + K + c) * up,)
         if UNIT_PRIOR:
             prior += (1.0,)
@@ -697,32 +832,40 @@ def gradient_kernel(
             prior += (tl.load(p_table + c),)
         c_p_prior += c_p[c] * prior[c]
     if GRADIENT != 0:
-        supervision = _load_supervision(p_coefficients + 2 + 2 * K, p_means + 2 * i_image, up)
+        supervision = _load_supervision(p_coefficients + 2 + 2 * K, p_means + 2 * i_image, up * prior_sum)
     if GRADIENT >= 2:
-        m_plane = o_plane < plane
         o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
     if GRADIENT == 2:
-        s_plane = tl.cast(H, tl.int64) * W
-        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
-        here = taps.plane_parts(p_image, z_first, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
+        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
+        here = taps.plane_parts(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
+        planes = taps.start_march(before, here, z_first, CENTRE, PADDING)
+    o_first = tl.cast(z_first, tl.int64) * plane
 
     for z in range(z_first, z_end):
-        o_first = tl.cast(z, tl.int64) * plane
-        m = o_plane < tl.minimum(voxels - o_first, plane).to(tl.int32)
-        b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_plane, m, ignore_index, HAS_MASK)
+        o_next = o_first + plane
+        if GRADIENT >= 2:
+            # To the plane of the image that stands for z + 1. It is no multiple of z to the compiler, which otherwise
+            # moves a pointer for each tensor and class along.
+            o_next = o_first + taps.plane_step(z, depth, plane, PADDING)
+        o_voxel = o_first + o_plane
+        m = m_plane
+        if not WHOLE:
+            m = o_plane < tl.minimum(voxels - o_first, plane).to(tl.int32)
+        b_label, counted = _load_label(p_label, p_mask, o_voxel, m, ignore_index, HAS_MASK, WHOLE)
         # First of all, while few registers are taken.
         if GRADIENT != 0:
-            b_band = tl.load(p_band + o_first + o_plane, mask=m, other=0)
+            b_band = _load(p_band + o_voxel, m, WHOLE)
             on = counted & (b_band == _BOUNDARY)
             if GRADIENT == 1:
-                g = tl.load(p_image + o_first + o_plane, mask=on, other=0.0).to(tl.float32)
+                g = tl.load(p_image + o_voxel, mask=on, other=0.0).to(tl.float32)
             elif GRADIENT == 2:
-                after = taps.plane_parts(p_image, z + 1, o_h, o_w, m_plane, D, H, W, s_plane, W, 1, CENTRE, PADDING)
-                g = _marched(before, here, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
-                before, here = here, after
+                after = taps.parts(p_image + o_next, z + 1 < D, o_h, o_w, H, W, W, 1, CENTRE, PADDING)
+                derivatives, planes = taps.march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
+                gd, gh, gw = derivatives
+                g = tl.sqrt(gd * gd + gh * gh + gw * gw)
             else:
                 g = _filtered(
-                    p_image, z, o_h, o_w, m_plane, channels, voxels, D, H, W, scale_d, scale_h, scale_w,
+                    p_image, z, o_h, o_w, channels, voxels, plane, D, H, W, scale_d, scale_h, scale_w,
                     DIMS, CENTRE, PADDING, REDUCTION,
                 )  # fmt: skip
         w_ace, w_kl = c_ace, c_kl
@@ -731,54 +874,59 @@ def gradient_kernel(
             w_ace, w_kl = c_ace * weight, c_kl * weight
 
         # 1. What belongs to one class alone: the slope of its KL term or of psi(a_y), and that of the evidence.
-        p_row = p_z + o_first * s_voxel
         e_y = tl.zeros([BLOCK], tl.float32)
         t, squares = e_y, e_y
         dp_a = e_y + c_p_prior
-        slopes, own_da, concentrations = (), (), ()
+        c_tp = e_y
+        slopes, class_slopes, concentrations = (), (), ()
         for c in tl.static_range(K):
-            logit = _load_logit(p_row + c * s_class, o_logit, m, counted)
+            logit = _load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted, _NO_EVIDENCE, WHOLE)
             e = special.evidence(logit, EVIDENCE)
-            slopes += (special.evidence_slope(logit, e, EVIDENCE),)
+            slopes += (special.evidence_slope(logit, e, EVIDENCE, NARROW),)
             is_y = b_label == c
-            e_y = tl.where(is_y, e, e_y)
-            t = tl.where(is_y, t, t + e)
+            if K <= _FEW_CLASSES:
+                c_tp = tl.where(is_y, c_tps[c], c_tp)
+            if c == 0:
+                e_y = tl.where(is_y, e, 0.0)
+                t = tl.where(is_y, 0.0, e)
+            else:
+                e_y = tl.where(is_y, e, e_y)
+                t = tl.where(is_y, t, t + e)
             dp_a += c_p[c] * e
-            a = e + prior[c]
-            own_da += (_own_slope(a, prior[c], is_y, w_ace, w_kl, KIND, BELOW_ONE),)
+            class_slopes += (_class_slope(e, prior[c], is_y, KIND, BELOW_ONE),)
             if KIND == "mse":
-                squares = tl.where(is_y, squares, squares + a * a)
-                concentrations += (a,)
+                concentrations += (e + prior[c],)
+                squares = tl.where(is_y, squares, squares + concentrations[c] * concentrations[c])
 
         # 2. What all classes share, and what the true or the wrong ones do.
-        b_y = tl.full([BLOCK], 1.0, tl.float32)
+        b_y, excess = tl.full([BLOCK], 1.0, tl.float32), t
         if not UNIT_PRIOR:
             b_y = _own(p_table, b_label, K)
+            excess += official * (1.0 - b_y)
         a_y = e_y + b_y
         gap = t + (prior_sum - b_y)
         total = a_y + gap
         inverse = special.reciprocal(total)
-        c_tp = _own(p_coefficients + 2, b_label, K) * up
-        da_all, da_own, da_wrong, mse_slope = _slopes(
-            a_y, gap, total, inverse, squares, t + (prior_sum + official * (1.0 - b_y)), dp_a + c_tp * a_y, c_tp,
+        if K > _FEW_CLASSES:
+            c_tp = _own(p_coefficients + 2, b_label, K) * up
+        dp_a += c_tp * a_y
+        if GRADIENT != 0:
+            dp_a += _supervised_slope(supervision, on, b_band, prior_sum * inverse, g)
+        da_own, da_wrong, per_a = _slopes(
+            a_y, gap, total, inverse, squares, excess, dp_a, c_tp,
             w_ace, w_kl, prior_sum, error_factor, KIND, BELOW_ONE,
         )  # fmt: skip
-        if GRADIENT != 0:
-            u = prior_sum * inverse
-            du = _supervised_slope(supervision, on, b_band, u, g)
-            da_all -= du * u * inverse
-        da_own += da_all
-        da_wrong += da_all
 
         # 3. Through the evidence, every element written.
-        p_row_out = p_dz + o_first * s_dz_voxel
         for c in tl.static_range(K):
             is_y = b_label == c
-            da = own_da[c] + c_p[c] * inverse + tl.where(is_y, da_own, da_wrong)
+            da_rest = da_wrong
             if KIND == "mse":
-                da += tl.where(is_y, 0.0, mse_slope * concentrations[c])
-            dz = tl.where(counted, slopes[c] * da, 0.0)
-            tl.store(p_row_out + c * s_dz_class + o_dz, dz.to(p_dz.dtype.element_ty), mask=m)
+                da_rest += per_a * concentrations[c]
+            da = _class_da(class_slopes[c], is_y, da_own, da_rest, w_ace, w_kl, KIND) + c_p[c] * inverse
+            dz = slopes[c] * da
+            tl.store(p_dz + c * s_dz_class + o_voxel * s_dz_voxel, dz.to(p_dz.dtype.element_ty), mask=m)
+        o_first = o_next
 
 
 @triton.jit(do_not_specialize=["voxels", "K", "ignore_index"])
@@ -801,7 +949,7 @@ def many_gradient_kernel(
     p_dz += i_image * s_dz_image
     p_coefficients += i_image * s_coefficients
     o_first = i_image * voxels
-    b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_voxel, m, ignore_index, HAS_MASK)
+    b_label, counted = _load_label(p_label + o_first, p_mask + o_first, o_voxel, m, ignore_index, HAS_MASK, False)
     up = tl.load(p_up).to(tl.float32)
     weight = _weight(p_table, b_label, K)
     w_ace, w_kl = tl.load(p_coefficients) * up * weight, tl.load(p_coefficients + 1) * up * weight
@@ -809,7 +957,9 @@ def many_gradient_kernel(
     e_y = tl.zeros([BLOCK], tl.float32)
     t, squares, dp_a = e_y, e_y, e_y
     for c in range(0, K):
-        e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted), EVIDENCE)
+        e = special.evidence(
+            _load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted, _NO_EVIDENCE, False), EVIDENCE
+        )
         is_y = b_label == c
         a = e + tl.load(p_table + c)
         e_y = tl.where(is_y, e, e_y)
@@ -822,30 +972,28 @@ def many_gradient_kernel(
     total = a_y + gap
     inverse = special.reciprocal(total)
     c_tp = _own(p_coefficients + 2, b_label, K) * up
-    da_all, da_own, da_wrong, per_a = _slopes(
-        a_y, gap, total, inverse, squares, t + (prior_sum + official * (1.0 - b_y)), dp_a + c_tp * a_y, c_tp,
-        w_ace, w_kl, prior_sum, error_factor, KIND, BELOW_ONE,
-    )  # fmt: skip
+    dp_a += c_tp * a_y
     if GRADIENT != 0:
         b_band = tl.load(p_band + o_first + o_voxel, mask=m, other=0)
         on = counted & (b_band == _BOUNDARY)
         g = tl.load(p_image + o_first + o_voxel, mask=on, other=0.0).to(tl.float32)
-        u = prior_sum * inverse
-        supervision = _load_supervision(p_coefficients + 2 + 2 * K, p_means + 2 * i_image, up)
-        du = _supervised_slope(supervision, on, b_band, u, g)
-        da_all -= du * u * inverse
-    da_own += da_all
-    da_wrong += da_all
+        supervision = _load_supervision(p_coefficients + 2 + 2 * K, p_means + 2 * i_image, up * prior_sum)
+        dp_a += _supervised_slope(supervision, on, b_band, prior_sum * inverse, g)
+    da_own, da_wrong, per_a = _slopes(
+        a_y, gap, total, inverse, squares, t + official * (1.0 - b_y), dp_a, c_tp,
+        w_ace, w_kl, prior_sum, error_factor, KIND, BELOW_ONE,
+    )  # fmt: skip
 
     for c in range(0, K):
-        logit = _load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted)
+        logit = _load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted, _NO_EVIDENCE, False)
         e = special.evidence(logit, EVIDENCE)
         is_y = b_label == c
         b = tl.load(p_table + c)
         a = e + b
-        da = _own_slope(a, b, is_y, w_ace, w_kl, KIND, BELOW_ONE)
-        da += tl.load(p_coefficients + 2 + K + c) * up * inverse + tl.where(is_y, da_own, da_wrong + per_a * a)
-        dz = tl.where(counted, special.evidence_slope(logit, e, EVIDENCE) * da, 0.0)
+        slope = _class_slope(e, b, is_y, KIND, BELOW_ONE)
+        da = _class_da(slope, is_y, da_own, da_wrong + per_a * a, w_ace, w_kl, KIND)
+        da += tl.load(p_coefficients + 2 + K + c) * up * inverse
+        dz = special.evidence_slope(logit, e, EVIDENCE) * da
         tl.store(p_dz + c * s_dz_class + o_voxel * s_dz_voxel, dz.to(p_dz.dtype.element_ty), mask=m)
 
 
@@ -854,6 +1002,8 @@ MOST_UNROLLED = 32
 _MANY_BLOCK = 256
 # Steps of a program on large volumes, and how many programs keep a GPU busy.
 _STEPS, _ENOUGH_PROGRAMS = 32, 2048
+# From here on programs are enough for marches twice as far: what one does before and after is worth some planes.
+_VERY_LARGE_VOLUME = 1 << 27
 _REDUCE_BLOCK = 1024
 _FINALISE_ROWS, _FINALISE_WARPS = 16, 1
 NUM_WARPS = 4
@@ -949,6 +1099,8 @@ def _launch(
     block = block_size(k, gradient)
     if filter_ is not None:
         plane, planes, march = height * width, depth, march_length(n * voxels, depth)
+        if n * voxels >= _VERY_LARGE_VOLUME:
+            march = min(depth, 2 * march)
     else:
         plane, planes = block, cdiv(voxels, block)
         march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
