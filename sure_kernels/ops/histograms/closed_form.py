@@ -121,13 +121,14 @@ class _Sums:
 
     def add(self, p: Tensor, label: Tensor, u: Tensor | None) -> None:
         """Probabilities (K, c), labels (c,) int64 and uncertainty (c,) of voxels that count."""
-        rows, hits = [p], [_is_class(label, len(p))]
+        rows, hits = ([p], [_is_class(label, len(p))]) if self.parts.classes else ([], [])
         if self.parts.top or u is not None:
             largest, top = _top(p)
-            rows, hits = [*rows, largest[None]], [*hits, (top == label)[None]]
-        first, last = 0 if self.parts.classes else 1, 2 if self.parts.top else 1
-        if first < last:
-            self._add_confidence(torch.cat(rows[first:last]), torch.cat(hits[first:last]), first * len(p))
+            if self.parts.top:
+                rows, hits = [*rows, largest[None]], [*hits, (top == label)[None]]
+        if rows:
+            q, hit = (x[0] if len(x) == 1 else torch.cat(x) for x in (rows, hits))
+            self._add_confidence(q, hit, 0 if self.parts.classes else len(p))
         if self.parts.loss:
             self._add_loss(p.to(torch.float64, copy=True), label)
         if u is not None:
@@ -173,11 +174,12 @@ class _Sums:
 
 def _top(p: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of the classes (K, c) and which that is, int64 (c,); the first of equals."""
-    largest, top = p[0], torch.zeros(p.shape[1:], dtype=torch.int32, device=p.device)
-    for k in range(1, len(p)):
-        # k where class k is larger, else 0: classes come in ascending order.
-        top = torch.maximum(top, (p[k] > largest).to(torch.int32).mul_(k))
-        largest = torch.maximum(largest, p[k])
+    first, *others = p.unbind()
+    largest, top = first, torch.zeros_like(first)
+    for k, row in enumerate(others, 1):
+        # k where class k is larger, else 0: classes come in ascending order. As floats, which compare faster.
+        top = torch.maximum(top, torch.gt(row, largest, out=torch.empty_like(largest)).mul_(k))
+        largest = torch.maximum(largest, row)
     return largest, top.long()
 
 
@@ -231,7 +233,8 @@ def segmentation_histograms(
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=p.device)
 
-    ones = zeros((k + 1) * next(serial_slices(p, k + 1))[1].stop).fill_(1)
+    per_voxel = k + 1 if parts.classes and parts.top else k
+    ones = zeros(per_voxel * next(serial_slices(p, per_voxel))[1].stop).fill_(1)
     sums = [
         _Sums(
             parts,
@@ -246,7 +249,7 @@ def segmentation_histograms(
         )
         for _ in range(n)
     ]
-    for image, undefined, maps in _pieces(p, target, mask, uncertainty, ignore_index, k + 1):
+    for image, undefined, maps in _pieces(p, target, mask, uncertainty, ignore_index, per_voxel):
         sums[image].undefined[0] += undefined
         sums[image].add(maps[0], maps[1], maps[2] if len(maps) > 2 else None)
     return tuple(torch.stack(t) for t in zip(*(s.result() for s in sums), strict=True))
