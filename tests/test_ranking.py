@@ -12,8 +12,19 @@ from tolerances import FLOAT64_GRADIENT, FLOAT64_VALUE
 
 import sure_kernels as sk
 from sure_kernels.functional import RELATIONS
+from sure_kernels.kernel_lib.ordering import order_bits
 from sure_kernels.ops.ranking import closed_form
 from sure_kernels.ops.ranking.reference import violations
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@given(numbers=st.lists(st.floats(allow_nan=False), min_size=1, max_size=30))
+def test_bits_order_as_numbers_do(dtype, numbers):
+    """Infinities, both zeros and subnormal numbers too."""
+    x = torch.tensor(numbers, dtype=torch.float64).to(dtype)
+    bits = order_bits(x)
+    assert torch.equal(bits[:, None] < bits, x[:, None] < x)
+    assert torch.equal(bits[:, None] == bits, x[:, None] == x)
 
 
 def loss_and_gradient(function, values, *args, **options):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sure_kernels.kernel_lib.ordering import order_bits
 from sure_kernels.metrics.detection import Bounded
 from sure_kernels.metrics.histograms import (
     ONLY_LOSS,
@@ -285,7 +286,8 @@ def _refined_ace(segmentation: Segmentation, sums: Columns, num_bins: int, per_c
 def _gaps(mass: Tensor, hits: Tensor, wanted: Tensor, look: Refined, num_bins: int) -> Tensor:
     """Sum of the gaps of one question, from its bins (2 HALF,) and what was found in those that are wanted."""
     whole = (mass > 0) & ~wanted
-    ordered, order = look.confidence.sort()
+    order = order_bits(look.confidence).sort().indices
+    ordered = look.confidence[order]
     values, place, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
     shared = torch.zeros(len(values), dtype=torch.float64, device=mass.device)
     shared.index_add_(0, place, look.hit[order].double())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels.backends import dispatch
+from sure_kernels.kernel_lib.ordering import order_bits
 from sure_kernels.metrics.histograms import MOST_CLASSES
 from sure_kernels.metrics.points import as_points, match_boolean, match_kinds, rows
 from sure_kernels.metrics.state import SumState
@@ -231,7 +232,7 @@ def _sorted(statistic: Statistic, points: Points, row: int) -> Scored:
     u, error = points.uncertainty[row], points.error[row]
     if points.counted is not None:
         u, error = u[points.counted[row]], error[:, points.counted[row]]
-    ordered, order = u.sort(descending=True)
+    ordered, order = (~order_bits(u)).sort()  # descending
     last = torch.ones_like(ordered, dtype=torch.bool)
     last[:-1] = ordered[1:] != ordered[:-1]
     ends = last.nonzero()[:, 0] + 1

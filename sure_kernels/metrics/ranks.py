@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels.backends import get_backend
+from sure_kernels.kernel_lib.ordering import order_bits
 from sure_kernels.metrics.points import as_points, as_result, match, match_boolean, match_groups, rows
 from sure_kernels.metrics.state import CaseMean
 from sure_kernels.metrics.undefined import Undefined, answer, scored
@@ -179,7 +180,7 @@ def _any(sets: Sets, condition: Tensor) -> Tensor:
 
 def _codes(values: Tensor, sets: Sets) -> Tensor:
     """Codes 0, 1, 2, ... (P,) of the distinct values, set by set and ascending in each; -0.0 is 0.0."""
-    code = torch.unique(values + 0.0, return_inverse=True)[1]
+    code = torch.unique(order_bits(values), return_inverse=True)[1]
     if len(sets.sizes) == 1:
         return code
     return _joint(sets.spread(torch.arange(len(sets.sizes), device=values.device)), code)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sure_kernels.kernel_lib.ordering import order_bits
 from sure_kernels.ops.ranking.reference import FLAT
 
 # Pairs that the published program averages at a time, before it sums these means.
@@ -109,14 +110,13 @@ def sets_of(values: Tensor, scores: Tensor, mask: Tensor | None, groups: Tensor 
 
 def _codes(x: Tensor) -> Tensor:
     """int64 in [-2^31, 2^31) that order (and tie) as the numbers x (P,) do."""
-    if x.dtype == torch.float64:
-        bits = (x + 0.0).view(torch.int64)  # + 0.0: -0.0 and 0.0 are one value
-        ordered, order = (bits ^ ((bits >> 63) & (2**63 - 1))).sort()
-        dense = torch.zeros_like(ordered)
-        dense[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-        return torch.empty_like(dense).scatter_(0, order, dense)
-    bits = (x.float() + 0.0).view(torch.int32)
-    return (bits ^ ((bits >> 31) & (2**31 - 1))).to(torch.int64)
+    bits = order_bits(x)
+    if x.dtype != torch.float64:
+        return bits.to(torch.int64)
+    ordered, order = bits.sort()
+    dense = torch.zeros_like(ordered)
+    dense[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    return torch.empty_like(dense).scatter_(0, order, dense)
 
 
 def order_and_rank(sets: Sets) -> tuple[Tensor, Tensor]:
