@@ -1,10 +1,11 @@
-"""`python -m benchmarks run | plot | profile | host | compare`: the ops against what a user would run instead.
+"""`python -m benchmarks COMMAND`: the ops against what a user would run instead, and where their time goes.
 
 python -m benchmarks run --largest 128            # print; --out FILE.json keeps it
 python -m benchmarks run --record                 # green tests and a clean tree: benchmarks/results/MACHINE.json
 python -m benchmarks plot                         # RESULTS.md, plots and the README's tables from all recorded files
 python -m benchmarks profile --size 256           # where the time of one op goes
 python -m benchmarks host                         # what a call costs the host of a GPU; needs none
+python -m benchmarks instructions                 # machine instructions a voxel of the fused sweeps; needs none
 python -m benchmarks compare OLD.json NEW.json
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import host, report, results
+from benchmarks import host, instructions, report, results
 from benchmarks.registry import CASES
 from benchmarks.run import kernel_profile, measure_all
 
@@ -57,6 +58,11 @@ def _host(options: argparse.Namespace) -> int:
     return 0
 
 
+def _instructions(options: argparse.Namespace) -> int:
+    print(instructions.table(tuple(options.classes)))
+    return 0
+
+
 def _compare(options: argparse.Namespace) -> int:
     ratios = report.compare(options.before, options.after)
     for row, ratio in sorted(ratios, key=lambda pair: -pair[1]):
@@ -90,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     profile.set_defaults(command=_profile)
     of_host = commands.add_parser("host", help="what a call costs the host of a GPU, launches aside; needs none")
     of_host.set_defaults(command=_host)
+    of_sweeps = commands.add_parser("instructions", help="machine instructions a voxel of the fused sweeps; offline")
+    of_sweeps.add_argument("--classes", type=int, nargs="+", default=[2, 4, 8, 16])
+    of_sweeps.set_defaults(command=_instructions)
     compare = commands.add_parser("compare", help="two files, row by row; fails where something became slower")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import host, measure, report, results
+from benchmarks import host, instructions, measure, report, results
 from benchmarks.registry import CASES, OURS, Case, Setting, forms_of
 from benchmarks.run import measure_all
 
@@ -132,3 +132,30 @@ def test_host():
         "supervised_evidential_loss": 4,
     }
     assert all(0 < times["forward"] < times["both"] for times in found.values())
+
+
+def test_instructions():
+    """The sweeps stay as short as they are: time on a GPU follows."""
+    triton = pytest.importorskip("triton")
+    forward, backward = (instructions.count(sweep, 4, "marched") for sweep in ("forward", "backward"))
+    assert forward.instructions > 100
+    if triton.__version__.startswith("3.7"):
+        assert forward.instructions <= 290
+        assert backward.instructions <= 320
+        assert forward.registers <= 96
+        assert backward.registers <= 72
+
+
+def test_a_loop_is_from_its_branch_back():
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   FADD R2, R2, R3 ;
+        /*0020*/                   ISETP.GE.AND P0, PT, R0, R4, PT ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/                   BRA 0x60 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   BRA 0x60;
+    """
+    assert instructions.loop_length(sass) == 3
+    with pytest.raises(ValueError, match="found no branch backwards"):
+        instructions.loop_length(sass.replace("0x10", "0x50").replace("BRA 0x60;", "EXIT;"))

@@ -1,0 +1,89 @@
+"""Machine instructions a voxel of the fused sweeps, on whose issue they are bound: counted offline, without a GPU.
+
+Of the main loop, which goes through the planes of a march or the blocks of a program, as compiled for an H100 or H200.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# An address, the instruction at it, and where a branch leads.
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+_FLAGS = {
+    "kind": "digamma",
+    "evidence": "softplus",
+    "prior": "unit",
+    "mask": False,
+    "dtype": "bfloat16",
+    "image": "float32",
+    "labels": "u8",
+    "contiguous": True,
+    "weighted": False,
+    "operator": "sobel",
+    "padding": "replicate",
+    "reduction": "l2",
+}
+GRADIENTS = {
+    "none": "without supervision",
+    "cached": "magnitude read",
+    "marched": "filtered on the march",
+}
+
+
+class Count(NamedTuple):
+    """Instructions of the main loop a voxel, and registers a thread."""
+
+    instructions: float
+    registers: int
+
+
+def loop_length(sass: str) -> int:
+    """Instructions of the longest loop in a listing by cuobjdump."""
+    found = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    jumps = [(address, _BRANCH.search(text)) for address, text in found]
+    loops = [(int(to[1], 16), address) for address, to in jumps if to and int(to[1], 16) < address]
+    if not loops:
+        raise ValueError("sass: expected a loop, found no branch backwards")
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    return sum(first <= address <= last for address, _ in found)
+
+
+def count(sweep: str, classes: int, gradient: str) -> Count:
+    """Of a sweep, `forward` or `backward`, with bfloat16 logits, `digamma`, `softplus` and a prior of 1."""
+    import triton
+    from triton.compiler import ASTSource
+
+    from sure_kernels.compile_check.offline import TARGETS, compilation, nvidia_usage
+    from sure_kernels.ops.evidential import kernel
+
+    of = {"forward": kernel.sums_kernel, "backward": kernel.gradient_kernel}[sweep]
+    cases = next(cases for cases in kernel.compile_cases() if cases.kernel is of)
+    flags: dict[str, Any] = _FLAGS | {"K": classes, "gradient": gradient}
+    arguments = cases.arguments(flags)
+    what = compilation(of, arguments, "sm_90", integers="16 i32")
+    source = ASTSource(what.kernel, what.signature, what.constants, what.attributes)
+    binary = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": what.num_warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        sass = subprocess.run([tool, "-sass", path], check=True, capture_output=True, text=True).stdout
+    voxels = arguments.constants["BLOCK"] / (32 * what.num_warps)
+    return Count(loop_length(sass) / voxels, nvidia_usage(binary.asm["cubin"])[0])
+
+
+def table(classes: tuple[int, ...]) -> str:
+    """Lines of a Markdown table: instructions a voxel and registers a thread, forward and backward."""
+    lines = ["| classes | | forward | backward | together |", "|--:|---|--:|--:|--:|"]
+    for k in classes:
+        for gradient, title in GRADIENTS.items():
+            forward, backward = (count(sweep, k, gradient) for sweep in ("forward", "backward"))
+            cells = [f"{c.instructions:.0f}, {c.registers}" for c in (forward, backward)]
+            together = forward.instructions + backward.instructions
+            lines.append(f"| {k} | {title} | {cells[0]} | {cells[1]} | {together:.0f} |")
+    return "\n".join(lines)
