@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import sure_kernels as sk
+from benchmarks import fused
 from sure_kernels.registry import OPS
 
 Arguments = tuple[tuple[Tensor, ...], dict[str, Any]]
@@ -45,6 +46,8 @@ SETTINGS = (
 QUICK = (_cube("volume", 32), _cube("volume", 64))
 # Compiling takes longer than measuring: these forms are measured where the comparison is looked for.
 TEXTBOOK, COMPILED_TEXTBOOK = "textbook", "textbook, torch.compile"
+# On GPUs, whether kernels by hand earn their keep; on a CPU it is what the backend `compiled` is.
+FUSED = "closed form, torch.compile"
 OURS = "sure_kernels"
 # Ours where there is neither compiler nor GPU.
 EAGER = "sure_kernels, without compiler"
@@ -130,7 +133,8 @@ def _eager(op: str) -> Peer:
 
 
 def _forms(op: str) -> dict[str, Peer]:
-    return {EAGER: _eager(op), TEXTBOOK: _textbook(op), COMPILED_TEXTBOOK: _compiled_textbook(op)}
+    forms = {EAGER: _eager(op), TEXTBOOK: _textbook(op), COMPILED_TEXTBOOK: _compiled_textbook(op)}
+    return {**forms, FUSED: getattr(fused, op)} if hasattr(fused, op) else forms
 
 
 def _monai(name: str, **options: Any) -> Peer:
@@ -160,6 +164,9 @@ def _kornia() -> Function:
     return lambda image: spatial_gradient3d(image, mode="diff").square().sum(2).sqrt()
 
 
+# Rivals that run on the CPU fetch what is on a GPU, and put maps back: their rows say what a user would wait for.
+
+
 def _scipy_distance() -> Function:
     from scipy import ndimage
 
@@ -167,7 +174,8 @@ def _scipy_distance() -> Function:
 
     def call(target: Tensor, **_: Any) -> Tensor:
         boundary = boundary_voxels(target, ignore_index=-100)
-        return torch.stack([torch.from_numpy(ndimage.distance_transform_edt(~b.numpy())) for b in boundary])
+        maps = [torch.from_numpy(ndimage.distance_transform_edt(~b.numpy())) for b in boundary.cpu()]
+        return torch.stack(maps).to(target.device)
 
     return call
 
@@ -180,8 +188,8 @@ def _edt() -> Function:
 
     def call(target: Tensor, **_: Any) -> Tensor:
         boundary = boundary_voxels(target, ignore_index=-100)
-        maps = [edt.edt(np.ascontiguousarray(~b.numpy()), parallel=torch.get_num_threads()) for b in boundary]
-        return torch.stack([torch.from_numpy(m) for m in maps])
+        maps = [edt.edt(np.ascontiguousarray(~b.numpy()), parallel=torch.get_num_threads()) for b in boundary.cpu()]
+        return torch.stack([torch.from_numpy(m) for m in maps]).to(target.device)
 
     return call
 
@@ -190,7 +198,7 @@ def _spearman() -> Function:
     from scipy import stats
 
     return lambda x, y: torch.tensor(
-        [stats.spearmanr(a.numpy(), b.numpy()).statistic for a, b in zip(x, y, strict=True)]
+        [stats.spearmanr(a.numpy(), b.numpy()).statistic for a, b in zip(x.cpu(), y.cpu(), strict=True)]
     )
 
 
@@ -206,7 +214,7 @@ def _torchmetrics_calibration() -> Function:
 def _sklearn_auroc() -> Function:
     from sklearn.metrics import roc_auc_score
 
-    return lambda u, error: torch.tensor(roc_auc_score(error.flatten().numpy(), u.flatten().numpy()))
+    return lambda u, error: torch.tensor(roc_auc_score(error.flatten().cpu().numpy(), u.flatten().cpu().numpy()))
 
 
 def _noised(g: torch.Generator, s: Setting) -> Arguments:
@@ -347,9 +355,10 @@ def case_of(op: str) -> Case:
     return next(case for case in CASES if case.op == op)
 
 
-def forms_of(case: Case) -> dict[str, Peer]:
+def forms_of(case: Case, on_gpu: bool = False) -> dict[str, Peer]:
     """Every form of a case, ours first."""
-    return {OURS: lambda: case.ours, **case.peers}
+    forms = {OURS: lambda: case.ours, **case.peers}
+    return {form: load for form, load in forms.items() if on_gpu or form != FUSED}
 
 
 def headlines_of(machine: Mapping[str, Any]) -> tuple[Setting, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results, steps
-from benchmarks.registry import COMPILED_TEXTBOOK, EAGER, OURS, TEXTBOOK, Setting, headlines_of
+from benchmarks.registry import COMPILED_TEXTBOOK, EAGER, FUSED, OURS, TEXTBOOK, Setting, headlines_of
 from sure.files import write_text
 
 PAGE = results.ROOT / "benchmarks" / "RESULTS.md"
@@ -135,11 +135,11 @@ def _headline(rows: Iterable[Row], setting: Setting) -> list[Row]:
 
 
 def _verdict(rows: Iterable[Row]) -> list[str]:
-    """How the textbook forms fare in all of their rows."""
+    """How the forms that compute the same fare in all of their rows."""
     rows = list(rows)
     ours = _our_medians(rows)
     lines = []
-    for form in (TEXTBOOK, COMPILED_TEXTBOOK):
+    for form in (TEXTBOOK, COMPILED_TEXTBOOK, FUSED):
         ratios = {
             f"`{row['op']}` {'x'.join(map(str, row['shape']))} {row['dtype']}": row["both"]["median"] / ours[_same(row)]
             for row in rows

@@ -19,6 +19,7 @@ from benchmarks.registry import (
     COMPILED_AT,
     COMPILED_TEXTBOOK,
     EAGER,
+    FUSED,
     OURS,
     QUICK,
     SETTINGS,
@@ -60,7 +61,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _why_absent(case: Case, form: str, setting: Setting, args: tuple[Tensor, ...]) -> str | None:
-    if form == COMPILED_TEXTBOOK and setting not in (*COMPILED_AT, *QUICK):
+    if form in (COMPILED_TEXTBOOK, FUSED) and setting not in (*COMPILED_AT, *QUICK):
         return "not run at this size: compiling takes minutes"
     voxels = args[0].numel() // (args[0].shape[1] if args[0].ndim > 2 else 1)
     on_gpu = args[0].device.type == "cuda"
@@ -128,7 +129,7 @@ def measure_all(
             if budget is not None and time.perf_counter() - began > budget:
                 return found
             args, kwargs = _arguments(case, setting, device)
-            for form, load in forms_of(case).items():
+            for form, load in forms_of(case, device.type == "cuda").items():
                 row = _row(case, form, setting, args)
                 reason = _why_absent(case, form, setting, args)
                 if reason is None:

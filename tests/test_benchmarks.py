@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tolerances import FLOAT32_MAPS
 
 from benchmarks import __main__ as command
 from benchmarks import host, instructions, measure, report, results
-from benchmarks.registry import CASES, OURS, Case, Setting, forms_of
+from benchmarks.registry import CASES, FUSED, OURS, Case, Setting, forms_of
 from benchmarks.run import measure_all
 
 TINY = Setting("volume", 1, 3, (16, 16, 16), torch.float32)
@@ -40,6 +41,44 @@ def test_every_case_runs(case):
         if "torch.compile" not in name:
             assert load()(*args, **kwargs) is not None, name
     assert case.traffic(args) > 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if FUSED in case.peers], ids=lambda case: case.op)
+def test_closed_forms_whole(case):
+    """What the kernels are compared with on a GPU computes what they do: values and gradient of two images."""
+    args, kwargs = case.example(torch.Generator().manual_seed(0), TINY._replace(batch=2, shape=(9, 8, 7)))
+    assert FUSED not in forms_of(case)
+    fused = forms_of(case, on_gpu=True)[FUSED]
+    results = []
+    for function in (case.ours, fused(backend="aot_eager")):
+        leaf = args[0].clone().requires_grad_()
+        found = function(leaf, *args[1:], **kwargs)
+        maps = [found] if isinstance(found, torch.Tensor) else list(found)
+        total = sum((x * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in maps)
+        results.append((*(x.detach() for x in maps), *torch.autograd.grad(total, leaf)))
+    for a, b in zip(*results, strict=True):
+        assert float((a - b).abs().max()) <= FLOAT32_MAPS * float(a.abs().max())
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that NumPy cannot read before it has been fetched, like one on a GPU."""
+
+    def numpy(self, **_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "form", ["SciPy distance_transform_edt", "edt", "SciPy spearmanr", "scikit-learn roc_auc_score"]
+)
+def test_rivals_on_the_cpu_fetch_what_is_on_a_gpu(form):
+    (case,) = (case for case in CASES if form in case.peers)
+    args, kwargs = case.example(torch.Generator().manual_seed(0), TINY)
+    rival = case.peers[form]()
+    got = rival(*(x.as_subclass(OnGPU) for x in args), **kwargs)
+    assert torch.equal(got.cpu(), rival(*args, **kwargs))
 
 
 def test_rows(found):

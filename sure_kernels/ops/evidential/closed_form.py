@@ -399,7 +399,7 @@ class Finalised(NamedTuple):
 
 def finalise(totals: Tensor, formula: Formula, weights: Weights) -> Finalised:
     """Loss, terms (3,) and coefficients (2 + 2 K,) from the sums over all images (and ranks), float64."""
-    k = formula.k
+    k = len(formula.prior)
     number, weight_sum, ace_sum, kl_sum = totals[:SCALAR_SUMS].unbind()
     tp, p, present = totals[SCALAR_SUMS : SCALAR_SUMS + 3 * k].reshape(3, k).unbind()
     some_weight = weight_sum > 0
