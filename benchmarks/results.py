@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import date
@@ -45,11 +47,24 @@ _MACHINE = ("date", "commit", "cpu", "threads", "gpu", "copy_bandwidth", "python
 _PACKAGES = ("torch", "triton", "numpy", "scipy", "monai", "exacta", "kornia", "edt", "torchmetrics")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
-    commit = subprocess.run(
+def commit() -> str:
+    """The commit that the files are of: BENCHMARKS_COMMIT, where a copy's HEAD is another one, else HEAD; - for none.
+
+    Raises ValueError where the variable holds no hash.
+    """
+    named = os.environ.get("BENCHMARKS_COMMIT", "")
+    if named:
+        if not re.fullmatch("[0-9a-f]{7,40}", named):
+            raise ValueError(f"BENCHMARKS_COMMIT: expected 7 to 40 hexadecimal digits, got {named!r}")
+        return named[:7]
+    head = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
     )
+    return head.stdout.strip() or "-"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -57,7 +72,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "-",
+        "commit": commit(),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,

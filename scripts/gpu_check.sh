@@ -38,7 +38,7 @@ mkdir -p "$results"
 failed=0
 deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-520}))
 {
-    echo "$machine, $(date -u +%FT%TZ), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+    echo "$machine, $(date -u +%FT%TZ), commit ${BENCHMARKS_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}"
     [ -z "$(git status --porcelain --untracked-files=no 2>/dev/null)" ] || echo "the tree has changes that no commit holds"
 } | tee "$summary"
 

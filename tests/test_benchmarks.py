@@ -150,6 +150,16 @@ def test_nothing_is_recorded_of_a_red_or_dirty_tree(monkeypatch, capsys, status,
     assert reason in capsys.readouterr().err
 
 
+def test_the_commit_of_a_copy_is_named(monkeypatch):
+    monkeypatch.delenv("BENCHMARKS_COMMIT", raising=False)
+    head = results.commit()
+    monkeypatch.setenv("BENCHMARKS_COMMIT", "0123abcd" * 5)
+    assert results.commit() == "0123abc" != head
+    monkeypatch.setenv("BENCHMARKS_COMMIT", "main")
+    with pytest.raises(ValueError, match="BENCHMARKS_COMMIT: expected 7 to 40 hexadecimal digits, got 'main'"):
+        results.commit()
+
+
 def test_recorded_results_are_sound():
     for path in results.FOLDER.glob("*.json"):
         results.read(path)
