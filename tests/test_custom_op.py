@@ -75,6 +75,12 @@ def test_modes_see_the_op(dispatched):
     assert mode.seen == ["sure_kernels_tests.doubled.default"]
 
 
+def test_profilers_see_the_op():
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        doubled(X, [X], 2.0)
+    assert "sure_kernels_tests::doubled" in {event.key for event in profile.key_averages()}
+
+
 def test_subclasses_go_through_the_dispatcher(dispatched):
     wrapped = X.as_subclass(Wrapped)
     with torch.no_grad():

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How many modes (fake tensors, tracing, counters, ...) see every op. Not part of torch's public interface: where it
-# is missing, the dispatcher is always asked.
+# How many modes (fake tensors, tracing, counters, ...) see every op; profilers do as well. Not part of torch's public
+# interface: where it is missing, the dispatcher is always asked.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _OTHERS = {type(None), str, int, float, bool}
 
@@ -43,7 +43,8 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or _modes() or not _plain(args, torch.is_grad_enabled()):
+            seen = torch.compiler.is_compiling() or _modes() or torch.autograd._profiler_enabled()
+            if seen or not _plain(args, torch.is_grad_enabled()):
                 return op(*args)
             return function(*args)
 
