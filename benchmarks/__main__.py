@@ -24,7 +24,13 @@ from benchmarks.run import kernel_profile, measure_all
 
 def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
-    out = options.out
+    out, onto = options.out, None
+    if options.onto is not None:
+        onto, out = results.read(options.onto), options.onto
+        reason = results.why_not_onto(onto, device)
+        if reason is not None:
+            print(f"nothing is added to {out}: {reason}", file=sys.stderr)
+            return 1
     if options.record:
         reason = results.why_not_record()
         if reason is not None:
@@ -32,7 +38,13 @@ def _run(options: argparse.Namespace) -> int:
             return 1
         out = results.default_path(device)
     found = measure_all(
-        device, ops=options.op, quick=options.quick, largest=options.largest, out=out, budget=options.budget
+        device,
+        ops=options.op,
+        quick=options.quick,
+        largest=options.largest,
+        out=out,
+        budget=options.budget,
+        onto=onto,
     )
     results.check(found)
     if out is not None:
@@ -83,8 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--quick", action="store_true", help="two small sizes")
     run.add_argument("--largest", type=int, help="voxels along an axis beyond which no size is run")
     run.add_argument("--budget", type=float, help="seconds after which no further size is begun")
-    run.add_argument("--out", type=Path, help="write the results as JSON, after every row")
-    run.add_argument("--record", action="store_true", help="write them to benchmarks/results, if tests and tree allow")
+    target = run.add_mutually_exclusive_group()
+    target.add_argument("--out", type=Path, help="write the results as JSON, after every row")
+    target.add_argument("--onto", type=Path, help="add the sizes that a file of this commit and machine lacks")
+    target.add_argument("--record", action="store_true", help="write to benchmarks/results, if tests and tree allow")
     run.set_defaults(command=_run)
     plot = commands.add_parser("plot", help="make RESULTS.md, the plots and the README's tables")
     plot.set_defaults(command=_plot)

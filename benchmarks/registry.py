@@ -71,6 +71,7 @@ class Case:
         sweeps: sweeps of SETTINGS that make sense for it.
         most: name of a form -> voxels beyond which it is not run: its memory or time grows out of hand.
         most_on_cpu: the same where it is no GPU that runs it.
+        dispatched: the op that chooses the backend, where it is another one.
     """
 
     op: str
@@ -82,6 +83,7 @@ class Case:
     sweeps: tuple[str, ...] = ("volume", "patches", "classes", "dtype")
     most: Mapping[str, int] = field(default_factory=dict)
     most_on_cpu: Mapping[str, int] = field(default_factory=dict)
+    dispatched: str | None = None
 
 
 def _example(op: str, **more: Any) -> Callable[[torch.Generator, Setting], Arguments]:
@@ -328,6 +330,7 @@ CASES = (
         lambda args: _size(args[0]) + _size(args[1]),
         differentiable=False,
         sweeps=("volume",),
+        dispatched="segmentation_histograms",
     ),
     Case(
         "metrics.uncertainty_correlation",
@@ -347,6 +350,7 @@ CASES = (
         lambda args: _size(args[0]) + _size(args[1]),
         differentiable=False,
         sweeps=("volume", "classes"),
+        dispatched="segmentation_histograms",
     ),
 )
 

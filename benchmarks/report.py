@@ -129,7 +129,7 @@ def _headline(rows: Iterable[Row], setting: Setting) -> list[Row]:
         for row in rows
         if row["sweep"] == setting.sweep
         and row["dtype"] in dtypes
-        and _voxels(row) == math.prod(setting.shape)
+        and results.voxels(row) == math.prod(setting.shape)
         and "absent" not in row
     ]
 
@@ -154,15 +154,6 @@ def _verdict(rows: Iterable[Row]) -> list[str]:
             f"times faster, {found}."
         )
     return lines
-
-
-def _voxels(row: Row) -> int:
-    n, *rest = row["shape"]
-    spatial = rest if len(rest) in (1, 2) else rest[-3:]
-    count = n
-    for size in spatial:
-        count *= size
-    return count
 
 
 def page(files: Iterable[Path]) -> str:
@@ -264,7 +255,9 @@ def plot(path: Path, folder: Path = PLOTS) -> Path:
         axis.set_axis_off()
     for op, axis in zip(ops, axes.flat, strict=False):
         for form in dict.fromkeys(row["form"] for row in rows if row["op"] == op):
-            points = sorted((_voxels(r), r["both"]["median"]) for r in rows if r["op"] == op and r["form"] == form)
+            points = sorted(
+                (results.voxels(r), r["both"]["median"]) for r in rows if r["op"] == op and r["form"] == form
+            )
             style = {"linewidth": 2.5, "color": "black"} if form == OURS else {"linewidth": 1.0}
             axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=form, **style)
         axis.set(title=op, xlabel="voxels", ylabel="seconds")

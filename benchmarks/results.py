@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -113,6 +114,21 @@ def _check_fields(found: dict[str, Any], fields: dict[str, tuple[Any, bool]], wh
             _check_fields(found[name], {key: (value, False) for key, value in kind.items()}, f"{where}.{name}")
         elif not isinstance(found[name], kind) or isinstance(found[name], bool):
             raise ValueError(f"{where}.{name}: expected {kind.__name__}, got {found[name]!r}")
+
+
+def voxels(row: dict[str, Any]) -> int:
+    """Voxels, or points, of all images that a row was measured on."""
+    n, *rest = row["shape"]
+    return n * math.prod(rest if len(rest) in (1, 2) else rest[-3:])
+
+
+def why_not_onto(found: dict[str, Any], device: torch.device) -> str | None:
+    """Why results of this tree and machine may not be added to others."""
+    here = machine(device)
+    for name in here.keys() - {"date", "copy_bandwidth"}:
+        if found["machine"].get(name) != here[name]:
+            return f"{name}: expected {found['machine'].get(name)} as in the file, got {here[name]}"
+    return None
 
 
 def write(results: dict[str, Any], path: Path) -> None:

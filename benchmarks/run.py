@@ -47,8 +47,18 @@ def _row(case: Case, form: str, setting: Setting, args: tuple[Tensor, ...]) -> d
         "dtype": str(args[0].dtype).removeprefix("torch."),
     }
     if form == OURS:
-        row["backend"] = sk.get_backend(args[0], case.op)
+        row["backend"] = sk.get_backend(args[0], case.dispatched or case.op)
     return row
+
+
+def _is_of(row: dict[str, Any], case: Case, setting: Setting) -> bool:
+    """Whether a row was measured for this case at this size."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return (
+        (row["op"], row["sweep"], row["classes"]) == (case.op, setting.sweep, setting.classes)
+        and row["dtype"] in (dtype, "int64")
+        and results.voxels(row) == setting.batch * math.prod(setting.shape)
+    )
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -99,6 +109,7 @@ def measure_all(
     largest: int | None = None,
     out: Path | None = None,
     budget: float | None = None,
+    onto: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Results of all cases; `out` is rewritten after every row.
 
@@ -107,10 +118,11 @@ def measure_all(
         quick: two small sizes only.
         largest: voxels along an axis beyond which no size is run.
         budget: seconds after which no further size of an op is begun.
+        onto: results of the same commit and machine, to which the sizes are added that they lack.
     """
     began = time.perf_counter()
-    found: dict[str, Any] = {"schema": results.SCHEMA, "machine": results.machine(device), "rows": []}
-    if not quick and ops is None:
+    found: dict[str, Any] = onto or {"schema": results.SCHEMA, "machine": results.machine(device), "rows": []}
+    if onto is None and not quick and ops is None:
         found["training"] = training.shares(device)
         found["steps"] = steps.seconds(device)
         if device.type == "cpu":
@@ -125,6 +137,8 @@ def measure_all(
             if ops is not None and case.op not in ops:
                 continue
             if setting.sweep not in case.sweeps or max(setting.shape) > (largest or max(setting.shape)):
+                continue
+            if any(_is_of(row, case, setting) for row in found["rows"]):
                 continue
             if budget is not None and time.perf_counter() - began > budget:
                 return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,3 +209,16 @@ def test_a_loop_is_from_its_branch_back():
     assert instructions.loop_length(sass) == 3
     with pytest.raises(ValueError, match="found no branch backwards"):
         instructions.loop_length(sass.replace("0x10", "0x50").replace("BRA 0x60;", "EXIT;"))
+
+
+def test_results_are_added_onto(found, monkeypatch):
+    """Sizes that were measured are not measured again; the others are."""
+    monkeypatch.setattr("benchmarks.run.CASES", (replace(CASES[0], peers={}),))
+    first = measure_all(torch.device("cpu"), quick=True, largest=32)
+    assert len(first["rows"]) == 1
+    both = measure_all(torch.device("cpu"), quick=True, onto=copy.deepcopy(first))
+    assert both["rows"][0] == first["rows"][0]
+    assert [results.voxels(row) for row in both["rows"]] == [32**3, 64**3]
+    assert results.why_not_onto(first, torch.device("cpu")) is None
+    first["machine"]["commit"] = "0000000"
+    assert "commit: expected 0000000 as in the file, got" in results.why_not_onto(first, torch.device("cpu"))
