@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import mpmath
@@ -347,7 +348,9 @@ def live_bytes() -> int:
     for thing in gc.get_objects():
         # type(), not isinstance(): that would wake torch's deprecated lazy objects. Fakes of a compiler hold no memory.
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+            # Nor do those that a compiler made functional: their storages have no address.
+            with contextlib.suppress(RuntimeError):
+                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
 
