@@ -41,6 +41,12 @@ def register_limits(registers: int) -> tuple[int, ...]:
     return tuple(limit for limit in (step, step + 8) if limit < 255)
 
 
+def _spills(compiled: Any, grid: tuple[int, ...]) -> int:
+    """Words that a compiled kernel spills, which it knows once it is loaded: when it is made ready for a grid."""
+    compiled[grid]
+    return compiled.n_spills
+
+
 class Launch:
     """Launches a kernel again and again, with everything fixed but the tensors and, where they change, floats.
 
@@ -72,14 +78,15 @@ class Launch:
         # Nothing in the interpreter. For AMD's GPUs Triton looks at the tensors' sizes as well.
         if compiled is None or torch.version.hip is not None:
             return
+        grid = (*self.grid, 1, 1)[:3]
         for limit in register_limits(compiled.n_regs):
             if not compiled.n_spills:
                 break
-            # A kernel reads nothing that it writes: it may run again.
-            other = self.kernel[self.grid](*tensors, *numbers, **self.options, maxnreg=limit)
-            compiled = min(compiled, other, key=lambda found: found.n_spills)
+            # Compiled and loaded, not launched again: a kernel may work in place.
+            other = self.kernel.warmup(*tensors, *numbers, grid=self.grid, **self.options, maxnreg=limit)
+            compiled = min(compiled, other, key=lambda found: _spills(found, grid))
         self._constants = tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
-        self._found[key] = compiled[(*self.grid, 1, 1)[:3]]
+        self._found[key] = compiled[grid]
 
 
 def planned(plan: Callable[_P, Launch]) -> Callable[_P, Launch]:

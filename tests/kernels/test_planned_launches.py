@@ -94,9 +94,12 @@ def test_spills(gpu, classes, monkeypatch):
     *spilling, taken = compiled
     assert all(found.n_spills for found in spilling)
     assert taken.n_spills == 0
-    number = len(LAUNCHES)
+    number = len(compiled)
+    # Once, whatever was compiled: kernels may work in place.
+    assert len(LAUNCHES) == 1
     kernel.finalise(*given)
-    assert len(compiled) == number == len(LAUNCHES) - 1
+    assert len(compiled) == number
+    assert len(LAUNCHES) == 2
 
 
 def tensors(number: int) -> list[tuple[Any, ...]]:
