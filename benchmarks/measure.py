@@ -23,6 +23,9 @@ def synchronise(device: torch.device) -> None:
 
 
 def _total(out: Any) -> Tensor:
+    """A number of all outputs; a loss is one already, and a user's step calls its `backward`."""
+    if isinstance(out, Tensor) and not out.ndim:
+        return out
     parts = [out] if isinstance(out, Tensor) else [x for x in out if isinstance(x, Tensor)]
     return sum((x.sum() for x in parts[1:]), parts[0].sum())
 

@@ -383,7 +383,7 @@ def evidential_loss(
     if common.backend == "reference":
         ace, kl, dice_term = _reference_terms(common, process_group)
         loss = w.ace * ace + w.kl * kl + w.dice * dice_term
-        terms = EvidentialTerms(ace.detach(), kl.detach(), dice_term.detach())
+        stacked = torch.stack((ace, kl, dice_term)).detach()
     else:
         loss, stacked = EvidentialLossFunction.apply(
             common.logits,
@@ -395,9 +395,8 @@ def evidential_loss(
             process_group,
             common.backend,
         )
-        terms = EvidentialTerms(*stacked.unbind())
     _explain(loss, common, process_group)
-    return (loss, terms) if return_terms else loss
+    return (loss, EvidentialTerms(*stacked.unbind())) if return_terms else loss
 
 
 def boundary_distance(

@@ -48,7 +48,7 @@ def remembered(check: _F) -> _F:
 
     @functools.wraps(check)
     def call(*args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not all(type(v) in _SIMPLE for v in (*args, *options.values())):
+        if torch.compiler.is_compiling() or not _SIMPLE.issuperset(map(type, (*args, *options.values()))):
             return check(*args, **options)
         return kept(*args, **options)
 
@@ -76,7 +76,7 @@ def plain_tensor(value: object, name: str) -> Tensor:
         if torch.compiler.is_compiling():
             return value
         value = value.as_subclass(Tensor)
-    if not torch.compiler.is_compiling() and (value.layout is not torch.strided or value.is_nested):
+    if (value.layout is not torch.strided or value.is_nested) and not torch.compiler.is_compiling():
         raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if value.is_nested else value.layout} one")
     return value
 

@@ -17,19 +17,18 @@ from torch import Tensor
 # How many modes (fake tensors, tracing, counters, ...) see every op; profilers do as well. Not part of torch's public
 # interface: where it is missing, the dispatcher is always asked.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_OTHERS = {type(None), str, int, float, bool}
+_LISTS = {list, tuple}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), str, int, float, bool} | _LISTS
 
 
 def _plain(arguments: Sequence[Any], recorded: bool) -> bool:
     """Whether no argument, nor one in a list, is a tensor of another class or, if `recorded`, requires a gradient."""
-    for x in arguments:
-        kind = type(x)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if recorded and x.requires_grad:
-                return False
-        elif kind not in _OTHERS and not (isinstance(x, (list, tuple)) and _plain(x, recorded)):
-            return False
-    return True
+    kinds = set(map(type, arguments))
+    if not kinds <= _PLAIN:
+        return False
+    if recorded and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        return False
+    return kinds.isdisjoint(_LISTS) or all(_plain(x, recorded) for x in arguments if type(x) in _LISTS)
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:

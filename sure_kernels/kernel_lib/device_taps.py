@@ -5,7 +5,7 @@ each smoothed across the other axis, and the value smoothed across both (`plane_
 difference). Three successive planes then give the gradient of the middle one, so that a program which keeps what it
 needs of two planes in registers loads every plane once:
 
-    planes = start_march(plane_parts(p_image, z0 - 1, ...), plane_parts(p_image, z0, ...), ...)
+    planes = first_planes(p_image, z0, ...)
     for z in range(z0, z1):
         gradient, planes = march(planes, plane_parts(p_image, z + 1, ...), z, ...)
 
@@ -160,6 +160,14 @@ def start_march(before, here, z, CENTRE: tl.constexpr, PADDING: tl.constexpr):
     """What `march` keeps of planes z - 1 and z, from their parts: its sums of d/dw and d/dh, and what is to come."""
     before = _beyond(z == 0, here, before, PADDING)
     return _smoothing(before[0], here[0], CENTRE), _smoothing(before[1], here[1], CENTRE), before[2], here
+
+
+@triton.jit
+def first_planes(p_image, z, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """What `march` needs to begin at plane z, read from the image: see `plane_parts`."""
+    before = plane_parts(p_image, z - 1, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+    here = plane_parts(p_image, z, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
+    return start_march(before, here, z, CENTRE, PADDING)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from operator import attrgetter, or_
 from typing import Any, ParamSpec, cast
 
 import torch
@@ -24,6 +25,8 @@ _LARGE_VOLUME = 1 << 22
 # Launches kept of each kind; a training that sees more shapes makes some of them again.
 _KEPT = 256
 _plans: list[Any] = []
+_ALIGNMENT = 16
+_dtype_of = attrgetter("dtype")
 _P = ParamSpec("_P")
 
 
@@ -63,13 +66,15 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], options: dict[str, Any]) -> None:
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
-        self._found: dict[tuple[tuple[torch.dtype, int], ...], Callable[..., None]] = {}
+        self._found: dict[tuple[Any, ...], Callable[..., None]] = {}
         self._constants: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor, numbers: tuple[float, ...] | None = None) -> None:
         """Launch on the current device and stream; `numbers` differ from the usual ones in floats alone."""
         numbers = self.numbers if numbers is None else numbers
-        key = tuple([(x.dtype, x.data_ptr() % 16) for x in tensors])
+        key: tuple[Any, ...] = tuple(map(_dtype_of, tensors))
+        if functools.reduce(or_, map(Tensor.data_ptr, tensors)) % _ALIGNMENT:
+            key += tuple([x.data_ptr() % _ALIGNMENT for x in tensors])
         found = self._found.get(key)
         if found is not None:
             found(*tensors, *numbers, *self._constants)

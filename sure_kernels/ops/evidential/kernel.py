@@ -233,6 +233,50 @@ def _weight(p_table, b_label, K: tl.constexpr):
 
 
 @triton.jit
+def _program(i_program, plane, depth, march, BLOCK: tl.constexpr):
+    """(first voxel in its plane, first plane, plane after the last) of this program."""
+    blocks = tl.cdiv(plane, BLOCK)
+    z_first = ((i_program // blocks).to(tl.int64) * march).to(tl.int32)
+    return i_program % blocks * BLOCK, z_first, tl.minimum(z_first + march, depth)
+
+
+@triton.jit
+def _lanes(start, plane, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Voxels of the block within its plane, and which of them there are, [BLOCK].
+
+    Where planes are WHOLE, as large as each other, lanes past their end read the last voxel, and it does not count.
+    """
+    o_plane = start + tl.arange(0, BLOCK)
+    m_plane = o_plane < plane
+    if WHOLE:
+        o_plane = tl.minimum(o_plane, plane - 1)
+    return o_plane, m_plane
+
+
+@triton.jit
+def _next_plane(o_first, z, depth, plane, GRADIENT: tl.constexpr, PADDING: tl.constexpr):
+    """From where plane z begins to the next: where GRADIENT filters, the plane of the image that stands for z + 1.
+
+    It is then no multiple of z to the compiler, which otherwise moves a pointer for each tensor and class along.
+    """
+    o_next = o_first + plane
+    if GRADIENT >= 2:
+        o_next = o_first + taps.plane_step(z, depth, plane, PADDING)
+    return o_next
+
+
+@triton.jit
+def _marched(
+    planes, p_after, z, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE: tl.constexpr, PADDING: tl.constexpr
+):
+    """Gradient magnitude of plane z of one channel, [BLOCK], with plane z + 1 at `p_after`; and `planes` for that."""
+    after = taps.parts(p_after, z + 1 < D, o_h, o_w, H, W, W, 1, CENTRE, PADDING)
+    derivatives, planes = taps.march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
+    gd, gh, gw = derivatives
+    return tl.sqrt(gd * gd + gh * gh + gw * gw), planes
+
+
+@triton.jit
 def _filtered(
     p_image, z, o_h, o_w, channels, voxels, plane, D, H, W, scale_d, scale_h, scale_w,
     DIMS: tl.constexpr, CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
@@ -362,16 +406,9 @@ def sums_kernel(
     i_image = tl.program_id(1).to(tl.int64)
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     voxels = tl.cast(voxels, tl.int64)
-    blocks = tl.cdiv(plane, BLOCK)
-    i_block, i_march = i_program % blocks, i_program // blocks
-    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
-    # Planes of a volume are as large as each other: lanes past their end read the last voxel, and it does not count.
     WHOLE: tl.constexpr = GRADIENT >= 2
-    m_plane = o_plane < plane
-    if WHOLE:
-        o_plane = tl.minimum(o_plane, plane - 1)
-    z_first = (i_march.to(tl.int64) * march).to(tl.int32)
-    z_end = tl.minimum(z_first + march, depth)
+    start, z_first, z_end = _program(i_program, plane, depth, march, BLOCK)
+    o_plane, m_plane = _lanes(start, plane, BLOCK, WHOLE)
     p_z += i_image * s_image
     p_label += i_image * voxels
     p_mask += i_image * voxels
@@ -410,19 +447,13 @@ def sums_kernel(
         kl_start = zero
     moments = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     if GRADIENT >= 2:
-        o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
+        o_h, o_w = taps.plane_position(start, W, BLOCK)
     if GRADIENT == 2:
-        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
-        here = taps.plane_parts(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
-        planes = taps.start_march(before, here, z_first, CENTRE, PADDING)
+        planes = taps.first_planes(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
     o_first = tl.cast(z_first, tl.int64) * plane
 
     for z in range(z_first, z_end):
-        o_next = o_first + plane
-        if GRADIENT >= 2:
-            # To the plane of the image that stands for z + 1. It is no multiple of z to the compiler, which otherwise
-            # moves a pointer for each tensor and class along.
-            o_next = o_first + taps.plane_step(z, depth, plane, PADDING)
+        o_next = _next_plane(o_first, z, depth, plane, GRADIENT, PADDING)
         o_voxel = o_first + o_plane
         m = m_plane
         if not WHOLE:
@@ -528,10 +559,9 @@ def sums_kernel(
                 on = counted & (b_band == _BOUNDARY)
                 g = tl.load(p_image + o_voxel, mask=on, other=0.0).to(tl.float32)
             elif GRADIENT == 2:
-                after = taps.parts(p_image + o_next, z + 1 < D, o_h, o_w, H, W, W, 1, CENTRE, PADDING)
-                derivatives, planes = taps.march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
-                gd, gh, gw = derivatives
-                g = tl.sqrt(gd * gd + gh * gh + gw * gw)
+                g, planes = _marched(
+                    planes, p_image + o_next, z, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE, PADDING
+                )
             else:
                 g = _filtered(
                     p_image, z, o_h, o_w, channels, voxels, plane, D, H, W, scale_d, scale_h, scale_w,
@@ -798,16 +828,9 @@ def gradient_kernel(
     s_class, s_voxel = tl.cast(s_class, tl.int64), tl.cast(s_voxel, tl.int64)
     s_dz_class, s_dz_voxel = tl.cast(s_dz_class, tl.int64), tl.cast(s_dz_voxel, tl.int64)
     voxels = tl.cast(voxels, tl.int64)
-    blocks = tl.cdiv(plane, BLOCK)
-    i_block, i_march = i_program % blocks, i_program // blocks
-    o_plane = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], within the plane
-    # Planes of a volume are as large as each other: lanes past their end read the last voxel, and it does not count.
     WHOLE: tl.constexpr = GRADIENT >= 2
-    m_plane = o_plane < plane
-    if WHOLE:
-        o_plane = tl.minimum(o_plane, plane - 1)
-    z_first = (i_march.to(tl.int64) * march).to(tl.int32)
-    z_end = tl.minimum(z_first + march, depth)
+    start, z_first, z_end = _program(i_program, plane, depth, march, BLOCK)
+    o_plane, m_plane = _lanes(start, plane, BLOCK, WHOLE)
     p_z += i_image * s_image
     p_dz += i_image * s_dz_image
     p_label += i_image * voxels
@@ -834,19 +857,13 @@ def gradient_kernel(
     if GRADIENT != 0:
         supervision = _load_supervision(p_coefficients + 2 + 2 * K, p_means + 2 * i_image, up * prior_sum)
     if GRADIENT >= 2:
-        o_h, o_w = taps.plane_position(i_block * BLOCK, W, BLOCK)
+        o_h, o_w = taps.plane_position(start, W, BLOCK)
     if GRADIENT == 2:
-        before = taps.plane_parts(p_image, z_first - 1, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
-        here = taps.plane_parts(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
-        planes = taps.start_march(before, here, z_first, CENTRE, PADDING)
+        planes = taps.first_planes(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
     o_first = tl.cast(z_first, tl.int64) * plane
 
     for z in range(z_first, z_end):
-        o_next = o_first + plane
-        if GRADIENT >= 2:
-            # To the plane of the image that stands for z + 1. It is no multiple of z to the compiler, which otherwise
-            # moves a pointer for each tensor and class along.
-            o_next = o_first + taps.plane_step(z, depth, plane, PADDING)
+        o_next = _next_plane(o_first, z, depth, plane, GRADIENT, PADDING)
         o_voxel = o_first + o_plane
         m = m_plane
         if not WHOLE:
@@ -859,10 +876,9 @@ def gradient_kernel(
             if GRADIENT == 1:
                 g = tl.load(p_image + o_voxel, mask=on, other=0.0).to(tl.float32)
             elif GRADIENT == 2:
-                after = taps.parts(p_image + o_next, z + 1 < D, o_h, o_w, H, W, W, 1, CENTRE, PADDING)
-                derivatives, planes = taps.march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
-                gd, gh, gw = derivatives
-                g = tl.sqrt(gd * gd + gh * gh + gw * gw)
+                g, planes = _marched(
+                    planes, p_image + o_next, z, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE, PADDING
+                )
             else:
                 g = _filtered(
                     p_image, z, o_h, o_w, channels, voxels, plane, D, H, W, scale_d, scale_h, scale_w,

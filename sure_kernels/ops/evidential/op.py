@@ -143,11 +143,14 @@ class EvidentialLossFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, mask, coefficients)
         ctx.options = ignore_index, formula, backend
         ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)
         return loss, terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
         logits, labels, mask, coefficients = ctx.saved_tensors
         ignore_index, formula, backend = ctx.options
         dz = evidential_gradient(logits, labels, mask, ignore_index, coefficients, grad, *formula, backend)

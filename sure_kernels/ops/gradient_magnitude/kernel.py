@@ -36,11 +36,11 @@ from torch import Tensor
 from sure_kernels.compile_check.cases import Arguments, Flags, KernelCases, pointer_type
 from sure_kernels.kernel_lib.device_taps import (
     adjoint_weights,
+    first_planes,
     march,
     march_program,
     plane_parts,
     plane_position,
-    start_march,
     voxel_gradient,
 )
 from sure_kernels.kernel_lib.launch import (
@@ -130,9 +130,7 @@ def _sweep_kernel(
         p_out += i_n * volume
     p_out += start + tl.arange(0, BLOCK)
     if CHANNELS == "one" and DIMS == 3:
-        before = plane_parts(p_image, z_first - 1, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
-        here = plane_parts(p_image, z_first, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
-        planes = start_march(before, here, z_first, CENTRE, PADDING)
+        planes = first_planes(p_image, z_first, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
         for z in range(z_first, z_end):
             after = plane_parts(p_image, z + 1, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE, PADDING)
             gradient, planes = march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)

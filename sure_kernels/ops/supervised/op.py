@@ -242,11 +242,14 @@ class SupervisedEvidentialLossFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, mask, bands, image, coefficients, means)
         ctx.options = ignore_index, (*filter_, *formula, backend)
         ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)
         return loss, terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 12
         logits, labels, mask, bands, image, coefficients, means = ctx.saved_tensors
         ignore_index, options = ctx.options
         dz = supervised_gradient(logits, labels, mask, bands, ignore_index, coefficients, means, grad, image, *options)
