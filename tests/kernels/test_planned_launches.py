@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -129,3 +130,22 @@ def test_ops(gpu, op, monkeypatch):
     call(op, 1)
     assert first == LAUNCHES
     assert not dispatched
+
+
+@pytest.mark.parametrize("name", ["evidential_loss", "supervised_evidential_loss"])
+def test_backward_launches_nothing_else(gpu, name):
+    """Of torch's own kernels only the one that fills the loss's gradient with 1."""
+    (op,) = (op for op in OPS if op.name == name)
+    args, kwargs = op.example(torch.Generator().manual_seed(0), 3, (6, 5, 7), torch.float32)
+    loss = op.function(args[0].requires_grad_(), *args[1:], **kwargs)
+    names = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        loss.backward()
+    own = "sure_kernels::" + name.removesuffix("_loss").removesuffix("_evidential") + "_gradient"
+    assert set(names) - {"aten::ones_like", "aten::detach"} == {own}
