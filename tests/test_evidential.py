@@ -331,7 +331,7 @@ def test_special_functions_against_mpmath(below_one):
         "difference": special.digamma_difference(x, gap, below_one),
         "kl_term": special.kl_term(x, b, below_one),
         "slope": special.kl_term_slope(x, b, below_one),
-        "next_minus_log": special.digamma_next_minus_log(x),
+        "next_minus_log": special.digamma_next_minus_log(x, below_one),
     }
     for name, values in got.items():
         want = torch.tensor(expected[name], dtype=torch.float64)

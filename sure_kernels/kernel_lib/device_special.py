@@ -29,11 +29,14 @@ _P = tl.constexpr(minimax.P)
 _Q = tl.constexpr(minimax.Q)
 _R_TAIL = tl.constexpr(minimax.R[:-1])
 _W = tl.constexpr(minimax.W)
+_EXCESS = tl.constexpr(minimax.EXCESS)
+_EXCESS_SHIFT = tl.constexpr(minimax.EXCESS_SHIFT)
 _LOG1P = tl.constexpr(minimax.LOG1P)
 _P_TERMS = tl.constexpr(len(minimax.P))
 _Q_TERMS = tl.constexpr(len(minimax.Q))
 _R_TAIL_TERMS = tl.constexpr(len(minimax.R) - 1)
 _W_TERMS = tl.constexpr(len(minimax.W))
+_EXCESS_TERMS = tl.constexpr(len(minimax.EXCESS))
 _LOG1P_TERMS = tl.constexpr(len(minimax.LOG1P))
 # What `add_kl_term_one_polynomial` and `subtract_kl_term_polynomial` leave out.
 KL_TERM_ONE_CONSTANT = tl.constexpr(minimax.W[-1])
@@ -158,9 +161,13 @@ def digamma_difference(x, gap, BELOW_ONE: tl.constexpr):
 
 
 @triton.jit
-def digamma_next_minus_log(x):
-    """digamma(x + 1) - ln x for x > 0, accurate where it is small beside the logarithm."""
-    return ln1p(SHIFT_NEXT * reciprocal(x)) + digamma_polynomial(reciprocal(x + SHIFT_NEXT))
+def digamma_next_minus_log(x, BELOW_ONE: tl.constexpr):
+    """digamma(x + 1) - ln x, accurate where it is small beside the logarithm."""
+    if BELOW_ONE:
+        return ln1p(SHIFT_NEXT * reciprocal(x)) + digamma_polynomial(reciprocal(x + SHIFT_NEXT))
+    else:
+        s = reciprocal(x + _EXCESS_SHIFT)
+        return s * _horner(s, _EXCESS, _EXCESS_TERMS)
 
 
 @triton.jit

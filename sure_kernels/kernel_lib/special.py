@@ -69,10 +69,13 @@ def digamma_difference(x: Tensor, gap: Tensor, below_one: bool) -> Tensor:
     return result
 
 
-def digamma_next_minus_log(x: Tensor) -> Tensor:
-    """digamma(x + 1) - ln x for x > 0, accurate where it is small beside the logarithm."""
+def digamma_next_minus_log(x: Tensor, below_one: bool) -> Tensor:
+    """digamma(x + 1) - ln x, accurate where it is small beside the logarithm."""
     if x.dtype == torch.float64:
         return torch.digamma(x + 1) - torch.log(x)
+    if not below_one:
+        s = (x + minimax.EXCESS_SHIFT).reciprocal()
+        return _horner(minimax.EXCESS, s) * s
     _, t = _shifted(x, below_one=True)
     return torch.log1p((minimax.SHIFT + 1) / x) + _horner(minimax.P, t) * t
 

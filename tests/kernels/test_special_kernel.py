@@ -36,7 +36,7 @@ def _evaluate(
     elif NAME == "digamma_difference":
         result = special.digamma_difference(x, x * GAP, BELOW_ONE)
     elif NAME == "digamma_next_minus_log":
-        result = special.digamma_next_minus_log(x)
+        result = special.digamma_next_minus_log(x, BELOW_ONE)
     elif NAME == "lgamma":
         result = special.lgamma(x, BELOW_ONE)
     elif NAME == "trigamma":

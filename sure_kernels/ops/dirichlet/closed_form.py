@@ -127,7 +127,7 @@ class _Measures:
         if name == "expected_entropy":
             return [_dot(self.p, self.digamma_gaps())]
         if name == "mutual_information":
-            return [_dot(self.p, self.digamma_excesses()) - digamma_next_minus_log(self.s)]
+            return [_dot(self.p, self.digamma_excesses()) - digamma_next_minus_log(self.s, self.below_one)]
         if name == "differential_entropy":
             inner = _sum([kl_term(a, 1.0, self.below_one) for a in self.a])
             return [kl_term(self.s, float(len(self.a)), self.below_one) - inner]
@@ -142,7 +142,7 @@ class _Measures:
 
     def digamma_excesses(self) -> list[Tensor]:
         """digamma(a_k + 1) - ln a_k."""
-        return [digamma_next_minus_log(a) for a in self.a]
+        return [digamma_next_minus_log(a, self.below_one) for a in self.a]
 
 
 class _Slopes:

@@ -104,7 +104,7 @@ def _class_terms(
     if _EXPECTED & FLAGS:
         expected += p * _digamma_gap(a, s, polynomial_s)
     if _MUTUAL & FLAGS:
-        mutual += p * special.digamma_next_minus_log(a)
+        mutual += p * special.digamma_next_minus_log(a, BELOW_ONE)
     if _DIFFERENTIAL & FLAGS:
         if BELOW_ONE:
             differential -= special.kl_term(a, 1.0, True)
@@ -161,7 +161,7 @@ def _store_maps(
     if _EXPECTED & FLAGS:
         tl.store(p_expected + o, expected, mask=m)
     if _MUTUAL & FLAGS:
-        tl.store(p_mutual + o, mutual - special.digamma_next_minus_log(s), mask=m)
+        tl.store(p_mutual + o, mutual - special.digamma_next_minus_log(s, BELOW_ONE), mask=m)
     if _DIFFERENTIAL & FLAGS:
         total = special.kl_term(s, tl.cast(K, tl.float32), BELOW_ONE)
         tl.store(p_differential + o, total + differential, mask=m)
@@ -169,7 +169,7 @@ def _store_maps(
         tl.store(p_dissonance + o, dissonance * inverse, mask=m)
 
 
-@triton.jit(do_not_specialize=["voxels"])
+@triton.jit
 def forward_kernel(
     p_logits, p_prior,
     p_probability, p_vacuity, p_entropy, p_expected, p_mutual, p_differential, p_dissonance,
@@ -293,8 +293,9 @@ def _load_upstream(p, o, m, FLAGS: tl.constexpr, BIT: tl.constexpr):
 
 @triton.jit
 def _slope_through_p(
-    a, p, s, polynomial_s, p_up_class, o_up, m, up_entropy, up_expected, up_mutual, FLAGS: tl.constexpr
-):
+    a, p, s, polynomial_s, p_up_class, o_up, m, up_entropy, up_expected, up_mutual,
+    FLAGS: tl.constexpr, BELOW_ONE: tl.constexpr,
+):  # fmt: skip
     """dL/dp of one class, up to a constant that all classes share."""
     result = tl.zeros(a.shape, tl.float32)
     if _PROBABILITY & FLAGS:
@@ -304,7 +305,7 @@ def _slope_through_p(
     if _EXPECTED & FLAGS:
         result += up_expected * _digamma_gap(a, s, polynomial_s)
     if _MUTUAL & FLAGS:
-        result += up_mutual * special.digamma_next_minus_log(a)
+        result += up_mutual * special.digamma_next_minus_log(a, BELOW_ONE)
     return result
 
 
@@ -335,7 +336,7 @@ def _own_slope(a, p, up_expected, up_mutual, up_differential, FLAGS: tl.constexp
     return result
 
 
-@triton.jit(do_not_specialize=["voxels"])
+@triton.jit
 def backward_kernel(
     p_logits, p_prior,
     p_up_probability, p_up_vacuity, p_up_entropy, p_up_expected, p_up_mutual, p_up_differential, p_up_dissonance,
@@ -388,7 +389,7 @@ def backward_kernel(
             a = concentrations[c]
             slope = _slope_through_p(
                 a, a * inverse, s, polynomial_s, p_up_probability + c * s_up_class, o_up, m,
-                up_entropy, up_expected, up_mutual, FLAGS,
+                up_entropy, up_expected, up_mutual, FLAGS, BELOW_ONE,
             )  # fmt: skip
             mean += a * inverse * slope
             through_p += (slope,)
@@ -475,7 +476,7 @@ def backward_wide_kernel(
             a = e + _load_prior(p_prior, c, UNIT_PRIOR)
             mean += a * inverse * _slope_through_p(
                 a, a * inverse, s, polynomial_s, p_up_probability + c * s_up_class, o_up, m,
-                up_entropy, up_expected, up_mutual, FLAGS,
+                up_entropy, up_expected, up_mutual, FLAGS, BELOW_ONE,
             )  # fmt: skip
 
     # 3. Pairs of classes: S times the dissonance, and the part of its derivative that all classes share.
@@ -504,7 +505,7 @@ def backward_wide_kernel(
         if _THROUGH_P & FLAGS:
             slope = _slope_through_p(
                 a, a * inverse, s, polynomial_s, p_up_probability + c * s_up_class, o_up, m,
-                up_entropy, up_expected, up_mutual, FLAGS,
+                up_entropy, up_expected, up_mutual, FLAGS, BELOW_ONE,
             )  # fmt: skip
             da += (slope - mean) * inverse
         if _DISSONANCE & FLAGS:
