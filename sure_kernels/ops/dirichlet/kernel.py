@@ -227,7 +227,7 @@ def forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["voxels", "K"])
+@triton.jit(do_not_specialize=["K"])
 def forward_wide_kernel(
     p_logits, p_prior,
     p_probability, p_vacuity, p_entropy, p_expected, p_mutual, p_differential, p_dissonance,
@@ -429,7 +429,7 @@ def backward_kernel(
         tl.store(p_out + c * s_out_class + o_block * s_out_voxel, dz.to(p_out.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["voxels", "K"])
+@triton.jit(do_not_specialize=["K"])
 def backward_wide_kernel(
     p_logits, p_prior,
     p_up_probability, p_up_vacuity, p_up_entropy, p_up_expected, p_up_mutual, p_up_differential, p_up_dissonance,

@@ -386,7 +386,7 @@ def _store_moments(p_out, s_column, moments, number, g_sum, r_sum, far_n, far_r,
     tl.store(p_out + 7 * s_column, far_r.to(tl.float64) * b)
 
 
-@triton.jit(do_not_specialize=["voxels", "depth", "march", "channels", "D", "H", "W", "ignore_index"])
+@triton.jit(do_not_specialize=["depth", "march", "channels", "D", "H", "W", "ignore_index"])
 def sums_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_partial,
     voxels, plane, depth, march, channels, D, H, W,
@@ -617,7 +617,7 @@ def sums_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["voxels", "K", "ignore_index"])
+@triton.jit(do_not_specialize=["K", "ignore_index"])
 def many_sums_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_partial,
     voxels, K,
@@ -808,7 +808,7 @@ def finalise_kernel(
     store_coefficients(p_coefficients, c_ace, c_kl, c_tp, c_p, K, CLASSES)
 
 
-@triton.jit(do_not_specialize=["voxels", "depth", "march", "channels", "D", "H", "W", "ignore_index"])
+@triton.jit(do_not_specialize=["depth", "march", "channels", "D", "H", "W", "ignore_index"])
 def gradient_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_coefficients, p_means, p_up, p_dz,
     voxels, plane, depth, march, channels, D, H, W,
@@ -945,7 +945,7 @@ def gradient_kernel(
         o_first = o_next
 
 
-@triton.jit(do_not_specialize=["voxels", "K", "ignore_index"])
+@triton.jit(do_not_specialize=["K", "ignore_index"])
 def many_gradient_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_coefficients, p_means, p_up, p_dz,
     voxels, K,
