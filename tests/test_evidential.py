@@ -324,14 +324,16 @@ def test_special_functions_against_mpmath(below_one):
         "difference": [psi(mpmath.mpf(v) + d) - psi(v) for v, d in rows],
         "kl_term": [float((v - b) * mpmath.digamma(v) - mpmath.loggamma(v) - (v - b)) for v, _ in rows],
         "slope": [float((v - b) * mpmath.polygamma(1, v) - 1) for v, _ in rows],
-        "next_minus_log": [float(mpmath.digamma(mpmath.mpf(v) + 1) - mpmath.log(v)) for v, _ in rows],
+        "excess": [float(mpmath.digamma(mpmath.mpf(v) + 1) - mpmath.log(v)) for v, _ in rows],
+        "excess_slope": [float(mpmath.polygamma(1, mpmath.mpf(v) + 1) - (not below_one) / v) for v, _ in rows],
     }
     got = {
         "trigamma": special.trigamma(x, below_one),
         "difference": special.digamma_difference(x, gap, below_one),
         "kl_term": special.kl_term(x, b, below_one),
         "slope": special.kl_term_slope(x, b, below_one),
-        "next_minus_log": special.digamma_next_minus_log(x, below_one),
+        "excess": special.digamma_excess(x, below_one),
+        "excess_slope": special.digamma_excess_slope(x, below_one),
     }
     for name, values in got.items():
         want = torch.tensor(expected[name], dtype=torch.float64)

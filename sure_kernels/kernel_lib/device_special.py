@@ -36,6 +36,8 @@ _P_TERMS = tl.constexpr(len(minimax.P))
 _Q_TERMS = tl.constexpr(len(minimax.Q))
 _R_TAIL_TERMS = tl.constexpr(len(minimax.R) - 1)
 _W_TERMS = tl.constexpr(len(minimax.W))
+_EXCESS_SLOPE = tl.constexpr(minimax.EXCESS_SLOPE)
+_EXCESS_SLOPE_TERMS = tl.constexpr(len(minimax.EXCESS_SLOPE))
 _EXCESS_TERMS = tl.constexpr(len(minimax.EXCESS))
 _LOG1P_TERMS = tl.constexpr(len(minimax.LOG1P))
 # What `add_kl_term_one_polynomial` and `subtract_kl_term_polynomial` leave out.
@@ -161,13 +163,26 @@ def digamma_difference(x, gap, BELOW_ONE: tl.constexpr):
 
 
 @triton.jit
-def digamma_next_minus_log(x, BELOW_ONE: tl.constexpr):
+def digamma_excess(x, BELOW_ONE: tl.constexpr):
     """digamma(x + 1) - ln x, accurate where it is small beside the logarithm."""
     if BELOW_ONE:
         return ln1p(SHIFT_NEXT * reciprocal(x)) + digamma_polynomial(reciprocal(x + SHIFT_NEXT))
     else:
         s = reciprocal(x + _EXCESS_SHIFT)
         return s * _horner(s, _EXCESS, _EXCESS_TERMS)
+
+
+@triton.jit
+def digamma_excess_slope(x, BELOW_ONE: tl.constexpr):
+    """Derivative of `digamma_excess`; with BELOW_ONE plus 1 / x, which is large there.
+
+    In sum p_k slope(a_k) - slope(S) the difference is 1 / S - 1 / S.
+    """
+    if BELOW_ONE:
+        return trigamma(x + 1.0, False)
+    else:
+        s = reciprocal_fast(x + _EXCESS_SHIFT)
+        return (s * -s) * _horner(s, _EXCESS_SLOPE, _EXCESS_SLOPE_TERMS)
 
 
 @triton.jit

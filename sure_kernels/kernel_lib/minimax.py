@@ -11,7 +11,8 @@ Fitted in the minimax sense on t in (0, 1 / (1 + SHIFT)]; fit errors 3e-9 to 1.2
 at 1/2 the same degree is a hundred times worse. The last form is what the KL term needs: it has a single
 logarithm and does not cancel where the evidence is large.
 
-digamma(x + 1) - ln x is smooth as well: with s = 1 / (x + EXCESS_SHIFT) it is s EXCESS(s), relative error 3.3e-8.
+digamma(x + 1) - ln x is smooth as well: with s = 1 / (x + EXCESS_SHIFT) it is s EXCESS(s), relative error 3e-8, and
+its derivative -s^2 EXCESS_SLOPE(s), relative error 2e-7.
 
 LOG1P: ln(1 + q) = q LOG1P(q) for q in [0, 1], relative error 6e-8. Kernels build softplus and the logarithm on it.
 """
@@ -23,6 +24,7 @@ R = (0.0254983921, -0.00641394733, 0.0760309026, 0.251686275, 0.496852487, 0.761
 W = (0.00545097096, -0.00702905655, 0.0260204151, 0.0801940188, 0.187729955, 0.464191437, -0.418938518)
 EXCESS_SHIFT = 0.390625
 EXCESS = (-8.75383557e-05, 0.00670743966, -0.000481442141, 0.0112433089, 0.111976936, 0.5)
+EXCESS_SLOPE = (0.0031144643, -0.00656579885, 0.0378785115, -0.0033428412, 0.0339352012, 0.223943243, 0.500000101)
 LOG1P = (
     0.00523268105,
     -0.0295052268,

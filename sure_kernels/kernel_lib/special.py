@@ -69,7 +69,7 @@ def digamma_difference(x: Tensor, gap: Tensor, below_one: bool) -> Tensor:
     return result
 
 
-def digamma_next_minus_log(x: Tensor, below_one: bool) -> Tensor:
+def digamma_excess(x: Tensor, below_one: bool) -> Tensor:
     """digamma(x + 1) - ln x, accurate where it is small beside the logarithm."""
     if x.dtype == torch.float64:
         return torch.digamma(x + 1) - torch.log(x)
@@ -78,6 +78,17 @@ def digamma_next_minus_log(x: Tensor, below_one: bool) -> Tensor:
         return _horner(minimax.EXCESS, s) * s
     _, t = _shifted(x, below_one=True)
     return torch.log1p((minimax.SHIFT + 1) / x) + _horner(minimax.P, t) * t
+
+
+def digamma_excess_slope(x: Tensor, below_one: bool) -> Tensor:
+    """Derivative of `digamma_excess`; in float64 and with `below_one`, where that is large, plus 1 / x.
+
+    In sum p_k slope(a_k) - slope(S) the difference is 1 / S - 1 / S.
+    """
+    if below_one or x.dtype == torch.float64:
+        return trigamma(x + 1.0, below_one=False)
+    s = (x + minimax.EXCESS_SHIFT).reciprocal()
+    return _horner(minimax.EXCESS_SLOPE, s) * s * -s
 
 
 def trigamma(x: Tensor, below_one: bool) -> Tensor:

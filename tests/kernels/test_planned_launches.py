@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+import sure_kernels as sk
 from sure_kernels.compile_check.pretended import PretendedGpu, pretended
 from sure_kernels.kernel_lib.launch import Launch, forget_plans
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_sums
@@ -149,3 +150,10 @@ def test_backward_launches_nothing_else(gpu, name):
         loss.backward()
     own = "sure_kernels::" + name.removesuffix("_loss").removesuffix("_evidential") + "_gradient"
     assert set(names) - {"aten::ones_like", "aten::detach"} == {own}
+
+
+def test_too_many_images(gpu):
+    logits = torch.zeros(1 << 16, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"at most 65535 images \(axis 0\) on a GPU, got 65536"):
+        sk.dirichlet_uncertainty(logits)
+    assert not LAUNCHES

@@ -35,8 +35,10 @@ def _evaluate(
         result = special.digamma(x, BELOW_ONE)
     elif NAME == "digamma_difference":
         result = special.digamma_difference(x, x * GAP, BELOW_ONE)
-    elif NAME == "digamma_next_minus_log":
-        result = special.digamma_next_minus_log(x, BELOW_ONE)
+    elif NAME == "digamma_excess":
+        result = special.digamma_excess(x, BELOW_ONE)
+    elif NAME == "digamma_excess_slope":
+        result = special.digamma_excess_slope(x, BELOW_ONE) - (1.0 / x if BELOW_ONE else 0.0)
     elif NAME == "lgamma":
         result = special.lgamma(x, BELOW_ONE)
     elif NAME == "trigamma":
@@ -59,7 +61,8 @@ EXACT = {
     "reciprocal": lambda x: 1 / x,
     "digamma": lambda x: mpmath.psi(0, x),
     "digamma_difference": lambda x: mpmath.psi(0, x + GAP * x) - mpmath.psi(0, x),
-    "digamma_next_minus_log": lambda x: mpmath.psi(0, x + 1) - mpmath.log(x),
+    "digamma_excess": lambda x: mpmath.psi(0, x + 1) - mpmath.log(x),
+    "digamma_excess_slope": lambda x: mpmath.psi(1, x + 1) - 1 / x,
     "lgamma": mpmath.loggamma,
     "trigamma": lambda x: mpmath.psi(1, x),
     "kl_term": lambda x: (x - PRIOR) * mpmath.psi(0, x) - mpmath.loggamma(x) - (x - PRIOR),
@@ -89,7 +92,7 @@ def test_functions(name, below_one, device):
     assert float(error.max()) <= tolerance[device]
 
 
-@pytest.mark.parametrize("name", ["ln1p", "digamma_next_minus_log", "kl_term_slope"])
+@pytest.mark.parametrize("name", ["ln1p", "digamma_excess", "digamma_excess_slope", "kl_term_slope"])
 def test_small_results_keep_their_digits(name, device):
     """Where the parts are large and the result is small, the relative error stays small."""
     x = torch.logspace(-6, -2, 60) if name == "ln1p" else torch.logspace(1, 4, 60)

@@ -25,11 +25,11 @@ from sure_kernels.kernel_lib.chunks import flat, voxel_slices, working_dtype
 from sure_kernels.kernel_lib.special import (
     Number,
     digamma_difference,
-    digamma_next_minus_log,
+    digamma_excess,
+    digamma_excess_slope,
     evidence_slope,
     kl_term,
     kl_term_slope,
-    trigamma,
 )
 from sure_kernels.kernel_lib.special import evidence as evidence_of
 
@@ -127,7 +127,7 @@ class _Measures:
         if name == "expected_entropy":
             return [_dot(self.p, self.digamma_gaps())]
         if name == "mutual_information":
-            return [_dot(self.p, self.digamma_excesses()) - digamma_next_minus_log(self.s, self.below_one)]
+            return [_dot(self.p, self.digamma_excesses()) - digamma_excess(self.s, self.below_one)]
         if name == "differential_entropy":
             inner = _sum([kl_term(a, 1.0, self.below_one) for a in self.a])
             return [kl_term(self.s, float(len(self.a)), self.below_one) - inner]
@@ -142,7 +142,7 @@ class _Measures:
 
     def digamma_excesses(self) -> list[Tensor]:
         """digamma(a_k + 1) - ln a_k."""
-        return [digamma_next_minus_log(a, self.below_one) for a in self.a]
+        return [digamma_excess(a, self.below_one) for a in self.a]
 
 
 class _Slopes:
@@ -192,8 +192,8 @@ class _Slopes:
     def _add_expected_entropy(self, up: Tensor) -> None:
         """The part of the expected entropy's gradient that does not go through p."""
         v = self.values
-        self.common = self.common + up * trigamma(v.s + 1.0, below_one=False)
-        self._add_own(-up, [p * trigamma(a + 1.0, below_one=False) for p, a in zip(v.p, v.a, strict=True)])
+        self.common = self.common + up * digamma_excess_slope(v.s, v.below_one)
+        self._add_own(-up, [p * digamma_excess_slope(a, v.below_one) for p, a in zip(v.p, v.a, strict=True)])
 
     def by_evidence(self) -> list[Tensor]:
         """dL/de of each class."""
