@@ -5,7 +5,7 @@ python -m benchmarks run --record                 # green tests and a clean tree
 python -m benchmarks plot                         # RESULTS.md, plots and the README's tables from all recorded files
 python -m benchmarks profile --size 256           # where the time of one op goes
 python -m benchmarks host                         # what a call costs the host of a GPU; needs none
-python -m benchmarks instructions                 # machine instructions a voxel of the fused sweeps; needs none
+python -m benchmarks instructions                 # machine instructions a voxel, of kernels bound by them; offline
 python -m benchmarks compare OLD.json NEW.json
 """
 
@@ -110,7 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     profile.set_defaults(command=_profile)
     of_host = commands.add_parser("host", help="what a call costs the host of a GPU, launches aside; needs none")
     of_host.set_defaults(command=_host)
-    of_sweeps = commands.add_parser("instructions", help="machine instructions a voxel of the fused sweeps; offline")
+    of_sweeps = commands.add_parser(
+        "instructions", help="machine instructions a voxel of the kernels bound by them; offline"
+    )
     of_sweeps.add_argument("--classes", type=int, nargs="+", default=[2, 4, 8, 16])
     of_sweeps.set_defaults(command=_instructions)
     compare = commands.add_parser("compare", help="two files, row by row; fails where something became slower")

@@ -68,7 +68,7 @@ class TestValues:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layouts(self, layout, device, monkeypatch):
-        monkeypatch.setattr(kernel, "block_size", lambda k: 16)  # several blocks an image
+        monkeypatch.setattr(kernel, "block_size", lambda k, pairs: 16)  # several blocks an image
         measures = ("vacuity", "probability", "entropy")
         compare(laid_out(logits((2, 3, 3, 4, 5), device), layout), measures=measures)
 

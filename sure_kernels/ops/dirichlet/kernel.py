@@ -531,9 +531,9 @@ def backward_wide_kernel(
         tl.store(p_out + c * s_out_class + o_block * s_out_voxel, dz.to(p_out.dtype.element_ty), mask=m)
 
 
-def block_size(k: int) -> int:
-    """Voxels of a program: two a thread, one where many classes fill the registers."""
-    return 256 if k <= 4 else 128
+def block_size(k: int, pairs: bool) -> int:
+    """Voxels of a program: two a thread, one where many classes, or their `pairs`, fill the registers."""
+    return 256 if k <= (4 if pairs else 8) else 128
 
 
 def is_wide(k: int, flags: int) -> bool:
@@ -560,7 +560,7 @@ def _launch(
     """The kernel that serves `measures`, on flattened logits (N, K, V)."""
     n, k, voxels = shape
     flags = sum(_BITS[m] for m in measures)
-    block = block_size(k)
+    block = block_size(k, "dissonance" in measures)
     options = {
         "FLAGS": flags,
         "EVIDENCE": evidence,
@@ -636,7 +636,7 @@ def compile_cases() -> list[KernelCases]:
                 "EVIDENCE": f["evidence"],
                 "UNIT_PRIOR": f["prior"] == "unit",
                 "BELOW_ONE": f["prior"] == "below one",
-                "BLOCK": block_size(f["K"]),
+                "BLOCK": block_size(f["K"], f["dissonance"]),
             }
             if kernel in (forward_kernel, backward_kernel):
                 constants["K"] = f["K"]
