@@ -32,7 +32,7 @@ def print_seconds() -> None:
     from sure_kernels.compile_check.pretended import PretendedGpu, pretended
 
     launched: list[str] = []
-    with pretended(PretendedGpu(lambda name, grid, args: launched.append(name))):
+    with pretended(PretendedGpu(lambda name, *_: launched.append(name))):
         print(json.dumps({op: _seconds(op, launched) for op in OPS}))
 
 

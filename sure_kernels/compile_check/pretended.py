@@ -22,17 +22,18 @@ class PretendedGpu:
     """What compiling and launching ask a Triton driver for.
 
     Args:
-        note: called with a kernel's name, its grid and its arguments in place of a launch.
+        note: called in place of a launch with a kernel's name, its grid, its arguments and their types in Triton's
+            words; those of pointers are tensors or addresses.
     """
 
-    def __init__(self, note: Callable[[str, tuple[int, ...], tuple[Any, ...]], None]) -> None:
+    def __init__(self, note: Callable[[str, tuple[int, ...], tuple[Any, ...], list[Any]], None]) -> None:
         self.note = note
         self.utils = self
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        name = metadata.name
+        name, types = metadata.name, list(source.signature.values())
         # Grid, stream, function, metadata and hooks come before the kernel's own arguments.
-        return lambda *args: self.note(name, args[:3], args[9:])
+        return lambda *args: self.note(name, args[:3], args[9:], types)
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         """Module, function, registers, words spilled and most threads."""

@@ -77,11 +77,13 @@ class Launch:
         """Launch on the current device and stream; `numbers` differ from the usual ones in floats alone."""
         numbers = self.numbers if numbers is None else numbers
         key: tuple[Any, ...] = tuple(map(_dtype_of, tensors))
-        if functools.reduce(or_, map(Tensor.data_ptr, tensors)) % _ALIGNMENT:
-            key += tuple([x.data_ptr() % _ALIGNMENT for x in tensors])
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if functools.reduce(or_, addresses) % _ALIGNMENT:
+            key += tuple([address % _ALIGNMENT for address in addresses])
         found = self._found.get(key)
         if found is not None:
-            found(*tensors, *numbers, *self._constants)
+            # Of tensors Triton asks the driver, one by one, whether they are the GPU's: here it is known.
+            found(*addresses, *numbers, *self._constants)
             return
         compiled = self.kernel[self.grid](*tensors, *numbers, **self.options)
         # Nothing in the interpreter. For AMD's GPUs Triton looks at the tensors' sizes as well.

@@ -37,12 +37,14 @@ Launched = tuple[tuple[int, ...], tuple[Any, ...]]
 LAUNCHES: list[tuple[Any, ...]] = []
 
 
-def note(name: str, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+def note(name: str, grid: tuple[int, ...], args: tuple[Any, ...], types: list[Any]) -> None:
     pointers: dict[int, int] = {}
-    own = [
-        ("tensor", a.dtype, pointers.setdefault(a.data_ptr(), len(pointers))) if isinstance(a, torch.Tensor) else a
-        for a in args
-    ]
+    own = []
+    for argument, kind in zip(args, types, strict=True):
+        if str(kind).startswith("*"):
+            address = argument if isinstance(argument, int) else argument.data_ptr()
+            argument = (kind, pointers.setdefault(address, len(pointers)))
+        own.append(argument)
     LAUNCHES.append((name, grid, own))
 
 
@@ -105,7 +107,7 @@ def test_spills(gpu, classes, monkeypatch):
 
 
 def tensors(number: int) -> list[tuple[Any, ...]]:
-    return [("tensor", torch.float32, i) for i in range(number)]
+    return [("*fp32", i) for i in range(number)]
 
 
 def call(op: Any, seed: int) -> None:
