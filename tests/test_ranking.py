@@ -138,6 +138,14 @@ class TestExact:
         increasing = sk.pairwise_ranking_loss(values, scores, relation="increasing")
         torch.testing.assert_close(increasing, sk.pairwise_ranking_loss(values, -scores))
 
+    def test_points_that_violate_nothing_have_no_gradient(self):
+        """Exactly none, whatever rounding leaves of the sums over the others."""
+        values, scores = points((1, 400), seed=3)
+        values[0, :200], scores[0, :200] = 2 + torch.arange(200) / 7, -1 - torch.arange(200) / 3
+        _, gradient = loss_and_gradient(sk.pairwise_ranking_loss, values, scores)
+        assert not gradient[0, :200].any()
+        assert gradient[0, 200:].any()
+
     def test_offsets_change_nothing(self):
         """Sums of large values cancel."""
         values, scores = points((1, 2000))
