@@ -68,5 +68,5 @@ def compare(
 def related(image: Tensor, band: Tensor) -> Tensor:
     """Logits whose uncertainty rises with the image, so that the covariance is active."""
     g = sk.gradient_magnitude(image)
-    strength = torch.where(band == BOUNDARY, 3 - 2 * g / g.amax(), torch.where(band == FAR, 1.0, 0.5))
+    strength = torch.where(band == BOUNDARY, 3 - 2 * g / g.amax().clamp_min(1e-30), torch.where(band == FAR, 1.0, 0.5))
     return torch.cat((strength, -strength, 0.3 * strength), 1)
