@@ -181,7 +181,6 @@ def digamma_excess_slope(x, BELOW_ONE: tl.constexpr):
     if BELOW_ONE:
         return trigamma(x + 1.0, False)
     else:
-        # As `digamma_excess` has it.
         s = reciprocal(x + _EXCESS_SHIFT)
         return (s * -s) * _horner(s, _EXCESS_SLOPE, _EXCESS_SLOPE_TERMS)
 
