@@ -56,6 +56,14 @@ _WORTH_COMPILING = 1 << 20
 _WORTH_COMPILING_ONCE = 1 << 22
 # Compiled kernels are written out class by class; more would take minutes to compile.
 _MOST_CLASSES = 32
+# Ops whose kernels have the images on the second axis of their grid, and what CUDA takes there.
+_IMAGES_ON_AN_AXIS = (
+    "dirichlet_uncertainty",
+    "evidential_loss",
+    "supervised_evidential_loss",
+    "noise_uncertainty_loss",
+)
+_MOST_IMAGES = 65535
 # Triton compiles for NVIDIA GPUs from this compute capability on.
 _OLDEST_CAPABILITY = (7, 0)
 
@@ -182,6 +190,8 @@ def why_not(name: str, tensor: Tensor | None = None, op: str | None = None) -> s
         return f"{op} has no Triton kernels"
     if tensor is None:
         return _why_no_triton_here()
+    if op in _IMAGES_ON_AN_AXIS and len(tensor) > _MOST_IMAGES:
+        return f"the Triton kernels of {op} serve up to {_MOST_IMAGES} images, the tensor has {len(tensor)}"
     index = tensor.device.index
     return _why_no_triton_for(tensor.device.type, 0 if index is None else index, tensor.dtype)
 

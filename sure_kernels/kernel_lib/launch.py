@@ -26,8 +26,6 @@ _LARGE_VOLUME = 1 << 22
 _KEPT = 256
 _plans: list[Any] = []
 _ALIGNMENT = 16
-# What CUDA takes on the second axis of a grid.
-_MOST_IMAGES = 65535
 _dtype_of = attrgetter("dtype")
 _P = ParamSpec("_P")
 
@@ -61,14 +59,12 @@ class Launch:
 
     Args:
         kernel: a `triton.jit` function whose arguments are tensors, then numbers, then compile-time constants.
-        grid: of one to three axes; images are on the second.
+        grid: of one to three axes.
         numbers: the run-time numbers.
         options: the constants by name, and `num_warps`.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], options: dict[str, Any]) -> None:
-        if max(grid[1:], default=1) > _MOST_IMAGES:
-            raise ValueError(f"expected at most {_MOST_IMAGES} images (axis 0) on a GPU, got {max(grid[1:])}")
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         self._found: dict[tuple[Any, ...], Callable[..., None]] = {}
         self._constants: tuple[Any, ...] = ()

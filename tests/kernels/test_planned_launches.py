@@ -155,7 +155,11 @@ def test_backward_launches_nothing_else(gpu, name):
 
 
 def test_too_many_images(gpu):
-    logits = torch.zeros(1 << 16, 2, 1, 1)
-    with pytest.raises(ValueError, match=r"at most 65535 images \(axis 0\) on a GPU, got 65536"):
-        sk.dirichlet_uncertainty(logits)
+    """More than a grid's axis takes: for another backend, which `auto` then chooses."""
+    logits, target = torch.zeros(1 << 16, 2, 1, 1), torch.zeros(1 << 16, 1, 1, dtype=torch.uint8)
+    for call_of in (lambda: sk.dirichlet_uncertainty(logits), lambda: sk.evidential_loss(logits, target)):
+        with pytest.raises(sk.BackendUnavailableError, match="serve up to 65535 images, the tensor has 65536"):
+            call_of()
     assert not LAUNCHES
+    with sk.backend("auto"):
+        sk.dirichlet_uncertainty(logits)
