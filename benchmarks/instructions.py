@@ -35,8 +35,6 @@ GRADIENTS = {
     "cached": "magnitude read",
     "marched": "filtered on the march",
 }
-
-
 # Measures of `dirichlet_uncertainty` in the table.
 MEASURED = (("probability", "vacuity"), ("vacuity", "entropy", "mutual_information"))
 
@@ -78,8 +76,8 @@ def count_measures(sweep: str, classes: int, measures: tuple[str, ...]) -> Count
     from sure_kernels.ops.dirichlet import kernel
 
     of = {"forward": kernel.forward_kernel, "backward": kernel.backward_kernel}[sweep]
-    flags = {"K": classes, "evidence": "softplus", "prior": "unit", "dtype": "bfloat16", "layout": "channels first"}
-    return _count(of, kernel.compile_cases(), flags | {m: m in measures for m in kernel.MEASURES}, length)
+    flags = _FLAGS | {"K": classes, "layout": "channels first"} | {m: m in measures for m in kernel.MEASURES}
+    return _count(of, kernel.compile_cases(), flags, length)
 
 
 def _count(of: Any, cases: list[Any], flags: dict[str, Any], counted: Callable[[str], int]) -> Count:
