@@ -29,14 +29,18 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 demo: venv ## phantoms -> EDL and SURE -> demo/report.html, on the CPU, in minutes
 	$(BIN)/sure demo --out demo
 
+# Two processes, a file each at a time; threads that wait asleep do not take the other process's core.
+test test-all test-lowest: export OMP_WAIT_POLICY = PASSIVE
+PYTEST := -m pytest -n 2 --dist loadfile
+
 test: venv ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-all: venv ## the test suite with the long cases
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python $(PYTEST) -m "slow or not slow"
 
 test-lowest: $(LOWEST)/.installed ## the test suite with the lowest versions pyproject.toml allows, in .venv-lowest
-	$(LOWEST)/bin/python -m pytest
+	$(LOWEST)/bin/python $(PYTEST)
 
 # Triton 3.4 links AMD code with ROCm's linker and brings none; the compile check reads the assembly before it.
 test-lowest: export TRITON_HIP_LLD_PATH ?= $(firstword $(wildcard /opt/rocm/llvm/bin/ld.lld /bin/true))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -87,7 +88,8 @@ def robustness(
                 corrupt, maps = CORRUPTIONS[name], [before]
                 steps_of = (corrupt.clean, *severities)
                 for i, condition in enumerate(found[name], 1):
-                    image = corrupt(loaded.image, steps_of[i], seed_of(seed, case.name, name))
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        image = corrupt(loaded.image, steps_of[i], seed_of(seed, case.name, name))
                     if not bool(torch.isfinite(image).all()):
                         raise UserError(f"levels: {steps_of[i]:g} of {name} is more than float32 holds ({case.name})")
                     result = infer(run, image[None])

@@ -278,7 +278,7 @@ class TestHard:
         assert float(terms.mu) < 0.05 * float(before.mu)
         assert float(terms.d) < 0.2 * float(before.d)
         assert float(terms.far) < 0.1 * float(before.far)
-        falls = [(a - b)[near] for a, b in itertools.pairwise(u)]
+        falls = [(a - b)[near].detach() for a, b in itertools.pairwise(u)]
         assert max(float(fall.max()) for fall in falls) < 0.1
         assert max(float((fall > 0.01).double().mean()) for fall in falls) < 0.15
 
