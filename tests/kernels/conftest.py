@@ -2,7 +2,8 @@
 
 - With a GPU: compiled, on device "cuda", as part of any run.
 - Without one: in Triton's interpreter, on the CPU. TRITON_INTERPRET=1 must be set before triton is imported, which any
-  other test may have done; so `tests/test_kernels_interpreted.py` runs this folder in processes of its own.
+  other test may have done; so `tests/test_kernels_interpreted.py` runs this folder in processes of its own. There every
+  launch is held to the memory it was given, and to what programs may share (`sanitizer.py`).
   By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels
 - Offline compilation (`test_compile_check.py`, `test_launches.py`, `test_planned_launches.py`) runs everywhere but in
   the interpreter's process.
@@ -24,6 +25,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 if INTERPRETED:
+    import sanitizer  # it imports the interpreter
+
+    sanitizer.install()
     collect_ignore_glob = ["test_compile_check.py", "test_launches.py", "test_planned_launches.py"]
 elif not HAS_GPU:
     # But for the tests that only a GPU can run in full: skipped by name, so that nobody takes them for run.
