@@ -229,6 +229,7 @@ class _Common(NamedTuple):
     formula: Formula
     weights: Weights
     backend: str
+    values_read: bool
 
 
 @check.remembered
@@ -269,13 +270,18 @@ def check_evidential(
     return formula, weights, check.check_int(ignore_index, "ignore_index")
 
 
-def _check_common(logits: Tensor, target: Tensor, mask: Tensor | None, op: str, **options: Any) -> _Common:
+def _check_loss(tensors: tuple[Any, ...], **options: Any) -> check.Checked:
+    """Logits, target and mask of a loss, and (formula, weights, ignore_index)."""
+    logits, target, mask = tensors
     z = check.check_logits(logits)
     n, k, *spatial = z.shape
     formula, weights, ignore_index = check_evidential(k=k, **options)
     counted = check.check_mask(mask, n, spatial, z)
     labels = check.check_target(target, z, ignore_index, counted)
-    return _Common(z, labels, counted, ignore_index, formula, weights, dispatch(z, op))
+    return (z, labels, counted), (formula, weights, ignore_index)
+
+
+_checked_loss = check.unless_alike(_check_loss)
 
 
 def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,7 +304,7 @@ def _reference_terms(common: _Common, process_group: Any | None) -> tuple[Tensor
 
 def _explain(loss: Tensor, common: _Common, process_group: Any | None, **read: Tensor) -> None:
     """Name the voxel when the loss is not finite because the logits, or what else was `read`, were not."""
-    if not check.values_checked(common.logits) or math.isfinite(loss.item()):
+    if not common.values_read or math.isfinite(loss.item()):
         return
     valid = counted_voxels(common.target, common.ignore_index)
     check.explain_non_finite(common.logits, valid if common.mask is None else valid & common.mask)
@@ -360,11 +366,10 @@ def evidential_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    common = _check_common(
-        logits,
-        target,
-        mask,
-        "evidential_loss",
+    values_read = check.values_read(logits)
+    (z, labels, counted), (formula, w, ignored) = _checked_loss(
+        values_read,
+        (logits, target, mask),
         kind=kind,
         evidence=evidence,
         prior=prior,
@@ -379,7 +384,7 @@ def evidential_loss(
         compat=compat,
         return_terms=return_terms,
     )
-    w = common.weights
+    common = _Common(z, labels, counted, ignored, formula, w, dispatch(z, "evidential_loss"), values_read)
     if common.backend == "reference":
         ace, kl, dice_term = _reference_terms(common, process_group)
         loss = w.ace * ace + w.kl * kl + w.dice * dice_term
@@ -610,11 +615,23 @@ def supervised_evidential_loss(
         TypeError, ValueError: naming the argument, what was expected and what came; also when `image`, `gradient`
             or `distance` require a gradient, which they cannot get.
     """
-    common = _check_common(
-        logits,
-        target,
-        mask,
-        "supervised_evidential_loss",
+    values_read = check.values_read(logits)
+    (z, labels, counted, source, given_band), (found, options, filter_, thresholds) = _checked_supervised(
+        values_read,
+        (logits, target, mask, image, gradient, band),
+        supervision=supervision,
+        within_class=within_class,
+        margin=margin,
+        gradient_weight=gradient_weight,
+        far_weight=far_weight,
+        boundary=boundary,
+        near=near,
+        far=far,
+        relation=relation,
+        operator=operator,
+        spacing=spacing,
+        padding_mode=padding_mode,
+        channel_reduction=channel_reduction,
         kind=kind,
         evidence=evidence,
         prior=prior,
@@ -629,12 +646,10 @@ def supervised_evidential_loss(
         compat=compat,
         return_terms=return_terms,
     )
-    options = check_supervision(supervision, within_class, gradient_weight, far_weight, relation, margin)
-    n, _, *spatial = common.logits.shape
-    source, filter_ = _gradient_source(
-        image, gradient, common.logits, operator, spacing, padding_mode, channel_reduction
-    )
-    bands = _band_for(band, distance, common, n, spatial, check_thresholds(boundary, near, far), filter_.spacing)
+    formula, weights, ignored = found
+    backend = dispatch(z, "supervised_evidential_loss")
+    common = _Common(z, labels, counted, ignored, formula, weights, backend, values_read)
+    bands = _band_for(distance, common, thresholds, filter_.spacing) if given_band is None else given_band
     if common.backend == "reference":
         loss, stacked = _reference_supervised(common, source, filter_, bands, options, process_group)
     else:
@@ -686,32 +701,56 @@ def _gradient_source(
     return source, filter_
 
 
-def _band_for(
-    band: Tensor | None,
-    distance: Tensor | None,
-    common: _Common,
-    n: int,
-    spatial: list[int],
-    thresholds: tuple[float, float, float],
-    spacing: tuple[float, ...],
-) -> Tensor:
-    """The band (N, *spatial) that was handed in, or that follows from the distance or the labels."""
+def _check_supervised(
+    tensors: tuple[Any, ...],
+    supervision: str,
+    within_class: bool,
+    margin: float,
+    gradient_weight: float,
+    far_weight: float,
+    boundary: float,
+    near: float,
+    far: float,
+    relation: str,
+    operator: str,
+    spacing: check.Numbers | None,
+    padding_mode: str,
+    channel_reduction: str,
+    **evidential: Any,
+) -> check.Checked:
+    """Logits, target, mask, what the gradient magnitude comes from and the band, if given; and what follows from the
+    options: those of `_check_loss`, (Supervision, Filter, thresholds)."""
+    logits, target, mask, image, gradient, band = tensors
+    (z, labels, counted), found = _check_loss((logits, target, mask), **evidential)
+    options = check_supervision(supervision, within_class, gradient_weight, far_weight, relation, margin)
+    source, filter_ = _gradient_source(image, gradient, z, operator, spacing, padding_mode, channel_reduction)
+    thresholds = check_thresholds(boundary, near, far)
     if band is not None:
-        bands = check.check_voxel_map(band, "band", n, spatial, common.logits)
-        if bands.dtype != torch.uint8:
-            raise TypeError(f"band: expected uint8 as boundary_band returns, got {bands.dtype}")
-        if check.values_checked(bands) and int(bands.max()) > FAR:
-            raise ValueError(f"band: expected values 0 to {FAR}, got {int(bands.max())}")
-        return bands
-    if distance is not None:
-        distances = check.check_voxel_map(distance, "distance", n, spatial, common.logits)
-        if not distances.is_floating_point():
-            raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
-        check.refuse_gradient(distances, "distance")
-        valid = counted_voxels(common.target, common.ignore_index)
-        check.check_distances(distances, valid if common.mask is None else valid & common.mask)
-        return band_of(distances, *(reach(threshold) for threshold in thresholds))
-    return _band(common.target, thresholds, spacing, common.ignore_index, common.backend).squeeze(1)
+        band = check.check_voxel_map(band, "band", z.shape[0], z.shape[2:], z)
+        if band.dtype != torch.uint8:
+            raise TypeError(f"band: expected uint8 as boundary_band returns, got {band.dtype}")
+        if check.values_checked(band) and int(band.max()) > FAR:
+            raise ValueError(f"band: expected values 0 to {FAR}, got {int(band.max())}")
+    return (z, labels, counted, source, band), (found, options, filter_, thresholds)
+
+
+_checked_supervised = check.unless_alike(_check_supervised)
+
+
+def _band_for(
+    distance: Tensor | None, common: _Common, thresholds: tuple[float, float, float], spacing: tuple[float, ...]
+) -> Tensor:
+    """The band (N, *spatial) that follows from the distance or the labels."""
+    if distance is None:
+        return _band(common.target, thresholds, spacing, common.ignore_index, common.backend).squeeze(1)
+    n, _, *spatial = common.logits.shape
+    distances = check.check_voxel_map(distance, "distance", n, spatial, common.logits)
+    if not distances.is_floating_point():
+        raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
+    check.refuse_gradient(distances, "distance")
+    valid = counted_voxels(common.target, common.ignore_index)
+    check.check_distances(distances, valid if common.mask is None else valid & common.mask)
+    return band_of(distances, *(reach(threshold) for threshold in thresholds))
 
 
 def _reference_supervised(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
@@ -39,12 +39,15 @@ Numbers = float | Sequence[float] | Tensor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _SIMPLE = {str, int, float, bool, type(None)}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+# Checks of each kind that are remembered.
+_KEPT = 256
 
 
 def remembered(check: _F) -> _F:
     """Decorator of a check of options: what plain strings and numbers came out as is not worked out again."""
     # Typed: True is no 1.
-    kept = functools.lru_cache(maxsize=256, typed=True)(check)
+    kept = functools.lru_cache(maxsize=_KEPT, typed=True)(check)
 
     @functools.wraps(check)
     def call(*args: Any, **options: Any) -> Any:
@@ -53,6 +56,78 @@ def remembered(check: _F) -> _F:
         return kept(*args, **options)
 
     return cast("_F", call)
+
+
+def _signature(options: Iterable[Any]) -> tuple[Any, ...] | None:
+    """Plain options and their types (True is no 1), those of a tuple's entries too; None where not all are plain."""
+    values = tuple(options)
+    kinds = tuple(map(type, values))
+    if _SIMPLE.issuperset(kinds):
+        return values, kinds
+    entries = [_signature(x) for x in values if type(x) is tuple]
+    if None in entries or not _SIMPLE.issuperset(kind for kind in kinds if kind is not tuple):
+        return None
+    return values, kinds, *entries
+
+
+def _outline(tensor: Tensor | None) -> Any:
+    """What checks see of a tensor, its values aside."""
+    if tensor is None:
+        return None
+    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
+
+
+def _origin(checked: Tensor | None, tensors: Sequence[Tensor | None]) -> tuple[int, bool] | None:
+    """Which of `tensors` a checked one is, and whether without its axis 1; None where it is made of one otherwise."""
+    for index, given in enumerate(tensors):
+        if given is checked:
+            return index, False
+        if given is not None and checked is not None and _squeezed(checked, given):
+            return index, True
+    return None
+
+
+def _squeezed(checked: Tensor, given: Tensor) -> bool:
+    alike = given.ndim == checked.ndim + 1 and given.dtype == checked.dtype and given.shape[1] == 1
+    return alike and checked.is_set_to(given.squeeze(1))
+
+
+Checked = tuple[tuple[Any, ...], Any]
+
+
+def unless_alike(check: Callable[..., Checked]) -> Callable[..., Checked]:
+    """Decorator of a check of tensors and options: skipped where all that it looks at has passed before.
+
+    `check(tensors, **options)` returns tensors, and what comes of the options. The decorated one is told first whether
+    values of the tensors are to be read; then nothing is skipped.
+    """
+    passed: dict[tuple[Any, ...], tuple[list[tuple[int, bool]], Any]] = {}
+
+    @functools.wraps(check)
+    def call(reading: bool, tensors: tuple[Any, ...], **options: Any) -> Checked:
+        signature = None
+        if not reading and not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors)):
+            signature = _signature(options.values())
+        if signature is None or any(x is not None and x.is_nested for x in tensors):
+            return check(tensors, **options)
+        key = (*map(_outline, tensors), signature)
+        known = passed.get(key)
+        if known is not None:
+            steps, rest = known
+            return tuple([_reached(tensors[index], squeezed) for index, squeezed in steps]), rest
+        found, rest = check(tensors, **options)
+        steps = [step for step in (_origin(x, tensors) for x in found) if step is not None]
+        if len(steps) == len(found):
+            if len(passed) >= _KEPT:
+                passed.clear()
+            passed[key] = steps, rest
+        return found, rest
+
+    return call
+
+
+def _reached(tensor: Tensor | None, squeezed: bool) -> Tensor | None:
+    return tensor.squeeze(1) if squeezed and tensor is not None else tensor
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -66,6 +141,11 @@ def values_checked(tensor: Tensor) -> bool:
         return False
     setting = os.environ.get("SURE_KERNELS_CHECKS", "")
     return setting == "1" or (tensor.device.type == "cpu" and setting != "0")
+
+
+def values_read(value: object) -> bool:
+    """`values_checked` of what may not be a tensor, which a check has to see."""
+    return not isinstance(value, Tensor) or values_checked(value)
 
 
 def plain_tensor(value: object, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sure_kernels as sk
+from sure_kernels.validation import unless_alike
 
 Z = torch.zeros((2, 3, 4, 5))
 Y = torch.zeros((2, 4, 5), dtype=torch.long)
@@ -276,6 +277,105 @@ def test_bad_input(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+# Only values are wrong, which are then not read.
+VALUES = {
+    "band values", "hard", "label negative", "label too large", "levels infinite", "mask values", "noise mask",
+    "patches classes", "patches label", "points outside", "ranked NaN", "ranking mask", "scores NaN",
+    "soft pairs outside",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(BAD.keys() - VALUES))
+def test_bad_input_after_good(name, monkeypatch):
+    """What passed before lets nothing else pass."""
+    monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
+    band = torch.zeros_like(Y, dtype=torch.uint8)
+    for _ in range(2):
+        loss()
+        loss(mask=Y.bool(), class_weight=(1.0, 1.0, 1.0))
+        supervised()
+        supervised(band=band)
+        supervised(None, gradient=X)
+    test_bad_input(name)
+
+
+class Counted:
+    """A check that lets everything pass, and how often it was asked."""
+
+    def __init__(self):
+        self.times = 0
+        self.check = unless_alike(self._check)
+
+    def _check(self, tensors, **options):
+        self.times += 1
+        x, y, mask = tensors
+        return (x, y.squeeze(1), mask if mask is None else mask != 0), options
+
+    def asked(self, *tensors, reading=False, **options):
+        before = self.times
+        (x, y, mask), found = self.check(reading, (*tensors, None)[:3], **options)
+        assert x is tensors[0]
+        assert y.is_set_to(tensors[1].squeeze(1))
+        assert (mask is None) == (len(tensors) < 3)
+        assert found == options
+        return self.times > before
+
+
+def test_what_passed_is_not_checked_again():
+    counted, x, y = Counted(), torch.zeros((2, 3, 4)), torch.zeros((2, 1, 4))
+    options = {"weight": 1.0, "prior": (1.0, 2.0)}
+    assert counted.asked(x, y, **options)
+    assert not counted.asked(torch.ones_like(x), torch.ones_like(y), **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros((2, 3, 5))},
+        {"x": torch.zeros((2, 3, 4), dtype=torch.float64)},
+        {"x": torch.zeros((2, 3, 4), device="meta")},
+        {"x": torch.zeros((2, 3, 4), requires_grad=True)},
+        {"x": torch.zeros((2, 3, 4)).to_sparse()},
+        {"weight": 1},
+        {"weight": True},
+        {"weight": 2.0},
+        {"prior": (1.0, True)},
+        {"prior": (1.0,)},
+    ],
+)
+def test_what_differs_is_checked(change):
+    counted, y = Counted(), torch.zeros((2, 1, 4))
+    usual = {"x": torch.zeros((2, 3, 4)), "weight": 1.0, "prior": (1.0, 1.0)}
+    x, options = usual["x"], {name: usual[name] for name in ("weight", "prior")}
+    assert counted.asked(x, y, **options)
+    other = usual | change
+    assert counted.asked(other["x"], y, weight=other["weight"], prior=other["prior"])
+    assert not counted.asked(x, y, **options)
+
+
+@pytest.mark.parametrize("why", ["values", "list", "subclass", "made anew"])
+def test_what_is_checked_every_time(why):
+    counted, x, y = Counted(), torch.zeros((2, 3, 4)), torch.zeros((2, 1, 4))
+    given = (x.as_subclass(Subclass) if why == "subclass" else x, y)
+    if why == "made anew":
+        given += (torch.ones((2, 4)),)
+    for _ in range(2):
+        assert counted.asked(*given, reading=why == "values", prior=[1.0] if why == "list" else (1.0,))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_checks_remembered_are_limited(monkeypatch):
+    monkeypatch.setattr("sure_kernels.validation._KEPT", 3)
+    counted, x, y = Counted(), torch.zeros((2, 3, 4)), torch.zeros((2, 1, 4))
+    for weight in (1.0, 2.0, 3.0, 4.0):
+        assert counted.asked(x, y, weight=weight)
+    assert not counted.asked(x, y, weight=4.0)
+    assert counted.asked(x, y, weight=1.0)
 
 
 def test_subclasses_are_welcome():

@@ -21,14 +21,16 @@ _LISTS = {list, tuple}
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), str, int, float, bool} | _LISTS
 
 
-def _plain(arguments: Sequence[Any], recorded: bool) -> bool:
-    """Whether no argument, nor one in a list, is a tensor of another class or, if `recorded`, requires a gradient."""
-    kinds = set(map(type, arguments))
-    if not kinds <= _PLAIN:
+def _plain(arguments: Sequence[Any], recorded: bool, of_tensors: bool) -> bool:
+    """Whether no argument is a tensor of another class or, if `recorded`, requires a gradient.
+
+    `of_tensors`: nor is any in a list; lists of numbers alone need not be looked into.
+    """
+    if not _PLAIN.issuperset(map(type, arguments)):
         return False
     if recorded and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         return False
-    return kinds.isdisjoint(_LISTS) or all(_plain(x, recorded) for x in arguments if type(x) in _LISTS)
+    return not of_tensors or all(_plain(x, recorded, False) for x in arguments if type(x) in _LISTS)
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -39,11 +41,12 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         op = torch.library.custom_op(name, function, mutates_args=())
+        of_tensors = "Tensor[]" in torch.library.infer_schema(function, mutates_args=())
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
             seen = torch.compiler.is_compiling() or _modes() or torch.autograd._profiler_enabled()
-            if seen or not _plain(args, torch.is_grad_enabled()):
+            if seen or not _plain(args, torch.is_grad_enabled(), of_tensors):
                 return op(*args)
             return function(*args)
 

@@ -7,6 +7,7 @@ same bits everywhere.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from operator import attrgetter, or_
 from typing import Any, ParamSpec, cast
@@ -26,6 +27,7 @@ _LARGE_VOLUME = 1 << 22
 _KEPT = 256
 _plans: list[Any] = []
 _ALIGNMENT = 16
+_KNOWN_TRITON = ("3.4", "3.5", "3.6", "3.7")
 _dtype_of = attrgetter("dtype")
 _P = ParamSpec("_P")
 
@@ -48,6 +50,33 @@ def _spills(compiled: Any, grid: tuple[int, ...]) -> int:
     """Words that a compiled kernel spills, which it knows once it is loaded: when it is made ready for a grid."""
     compiled[grid]
     return compiled.n_spills
+
+
+def _hooked(hook: Any) -> bool:
+    """Whether somebody, a profiler say, wants to know of launches: a hook, from Triton 3.5 on a chain of them."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _ready(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """`compiled[grid]`, without what that does for hooks at every launch where there are none.
+
+    How it launches is not part of Triton's public interface: versions not known here do it themselves.
+    """
+    triton = importlib.import_module("triton")
+    whole = compiled[grid]
+    if triton.__version__.rpartition(".")[0] not in _KNOWN_TRITON:
+        return whole
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    runtime, driver = triton.knobs.runtime, triton.runtime.driver.active
+    device, stream_of = driver.get_current_device(), driver.get_current_stream
+
+    def launch(*arguments: Any) -> None:
+        if _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
+            whole(*arguments)
+        else:
+            run(*grid, stream_of(device), function, packed, None, None, None, *arguments)
+
+    return launch
 
 
 class Launch:
@@ -93,7 +122,7 @@ class Launch:
             other = self.kernel.warmup(*tensors, *numbers, grid=self.grid, **self.options, maxnreg=limit)
             compiled = min(compiled, other, key=lambda found: _spills(found, grid))
         self._constants = tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
-        self._found[key] = compiled[grid]
+        self._found[key] = _ready(compiled, grid)
 
 
 def planned(plan: Callable[_P, Launch]) -> Callable[_P, Launch]:

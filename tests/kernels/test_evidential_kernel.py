@@ -249,10 +249,9 @@ def test_custom_ops_are_well_formed(layout, device):
     formula = ("digamma", "softplus", [1.0] * 3, [], False)
     labels = (target, mask, IGNORED)
     torch.library.opcheck(custom.evidential_sums.op, (logits, *labels, *formula, "triton"), test_utils=checks)
-    sums = custom.evidential_sums(logits, *labels, *formula, "triton")
     weights = (1.0, 1.0, 1.0, "soft", True)
-    torch.library.opcheck(custom.evidential_finalise.op, (sums, *weights, *formula), test_utils=checks)
-    _, _, row = custom.evidential_finalise(sums, *weights, *formula)
+    torch.library.opcheck(custom.evidential_forward.op, (logits, *labels, *weights, *formula), test_utils=checks)
+    _, _, row = custom.evidential_forward(logits, *labels, *weights, *formula)
     up = torch.ones((), device=device)
     torch.library.opcheck(
         custom.evidential_gradient.op, (logits, *labels, row, up, *formula, "triton"), test_utils=checks

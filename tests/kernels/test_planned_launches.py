@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+import triton
+from triton.compiler import CompiledKernel
+
 import sure_kernels as sk
 from sure_kernels.compile_check.pretended import PretendedGpu, pretended
 from sure_kernels.kernel_lib.launch import Launch, forget_plans
@@ -65,6 +68,31 @@ def test_repeated(gpu):
     for _ in range(3):
         launch(x, out)
     assert [("sound", (2, 1, 1), [*tensors(2), 1, 32])] * 3 == LAUNCHES
+
+
+@pytest.mark.parametrize("who", ["nobody", "hook", "unknown version"])
+def test_hooks(gpu, who, monkeypatch):
+    """Triton tells its hooks of launches; where there is a hook, or its ways are not known, they are left to it."""
+    told = []
+    monkeypatch.setattr(CompiledKernel, "launch_metadata", lambda *args: told.append(args))
+    if who == "unknown version":
+        monkeypatch.setattr(triton, "__version__", "9.0.1")
+    x, out = torch.zeros(64), torch.zeros(64)
+    launch = Launch(toy_kernels.sound, (2,), (1,), {"BLOCK": 32, "num_warps": 1})
+    launch(x, out)
+    told.clear()
+    runtime, hook = triton.knobs.runtime, lambda metadata: None
+    chain = hasattr(runtime.launch_enter_hook, "add")
+    if who == "hook":
+        if chain:
+            monkeypatch.setattr(runtime.launch_enter_hook, "calls", [hook])
+        else:
+            monkeypatch.setattr(runtime, "launch_enter_hook", hook)
+    launch(x, out)
+    assert len(told) == (who != "nobody")
+    monkeypatch.undo()
+    assert len(LAUNCHES) == 2
+    assert LAUNCHES[0] == LAUNCHES[1]
 
 
 def test_pointers_and_dtypes_are_told_apart(gpu, monkeypatch):

@@ -1201,12 +1201,12 @@ class Finalised(NamedTuple):
     coefficients: Tensor
 
 
-def finalise_options(formula: Formula, weights: Weights) -> dict[str, Any]:
+def finalise_options(formula: Formula, dice_form: str, include_background: bool) -> dict[str, Any]:
     """The compile-time arguments of the kernels that finalise."""
     return {
         "K": formula.k,
-        "ADAPTIVE": weights.dice_form == "adaptive_tversky",
-        "BACKGROUND": weights.include_background,
+        "ADAPTIVE": dice_form == "adaptive_tversky",
+        "BACKGROUND": include_background,
         "WEIGHTED": bool(formula.class_weight),
         "CLASSES": triton.next_power_of_2(formula.k),
         "ROWS": _FINALISE_ROWS,
@@ -1215,9 +1215,10 @@ def finalise_options(formula: Formula, weights: Weights) -> dict[str, Any]:
 
 
 @planned
-def _finaliser(images: int, formula: Formula, weights: Weights, device: torch.device) -> Launch:
-    numbers = (images, weights.ace, weights.kl, weights.dice)
-    return Launch(finalise_kernel, (1,), numbers, finalise_options(formula, weights))
+def _finaliser(images: int, formula: Formula, dice_form: str, include_background: bool, device: torch.device) -> Launch:
+    """Without the weights of the terms, which may change at every step."""
+    options = finalise_options(formula, dice_form, include_background)
+    return Launch(finalise_kernel, (1,), (images, *(0.0,) * 3), options)
 
 
 def finalise(sums: Tensor, formula: Formula, weights: Weights) -> Finalised:
@@ -1228,10 +1229,10 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights) -> Finalised:
         torch.empty(3, dtype=torch.float32, device=device),
         torch.empty((1, number_of_coefficients(formula.k, supervised=False)), dtype=torch.float32, device=device),
     )
-    # Without the weights, which may change at every step.
-    launch = _finaliser(len(sums), formula, weights._replace(ace=0.0, kl=0.0, dice=0.0), device)
+    n, numbers = len(sums), weights[:3]
+    launch = _finaliser(n, formula, weights.dice_form, weights.include_background, device)
     with torch.cuda.device_of(sums):
-        launch(sums, table(formula, device), *out, numbers=(len(sums), weights.ace, weights.kl, weights.dice))
+        launch(sums, table(formula, device), *out, numbers=(n, *numbers))
     return out
 
 

@@ -50,9 +50,12 @@ def _(logits, *options):
     return logits.new_empty((logits.shape[0], columns), dtype=torch.float64)
 
 
-@custom_op("sure_kernels::evidential_finalise")
-def evidential_finalise(
-    sums: Tensor,
+@custom_op("sure_kernels::evidential_loss")
+def evidential_forward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
     ace_weight: float,
     kl_weight: float,
     dice_weight: float,
@@ -64,19 +67,21 @@ def evidential_finalise(
     class_weight: Sequence[float],
     official: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, terms and the row of coefficients in one launch: for the Triton kernels of one process."""
+    """Loss, terms and the row of coefficients: for the Triton kernels of one process."""
     from sure_kernels.ops.evidential import kernel
 
     formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
     weights = Weights(ace_weight, kl_weight, dice_weight, dice_form, include_background)
-    loss, terms, coefficients = kernel.finalise(sums, formula, weights)
+    loss, terms, coefficients = kernel.finalise(
+        kernel.sums(logits, labels, mask, ignore_index, formula), formula, weights
+    )
     return loss, terms, coefficients
 
 
-@evidential_finalise.register_fake
-def _(sums, ace_weight, kl_weight, dice_weight, dice_form, include_background, kind, evidence, prior, *options):
-    row = (1, closed_form.number_of_coefficients(len(prior), supervised=False))
-    return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), row))
+@evidential_forward.register_fake
+def _(logits, *options):
+    row = (1, closed_form.number_of_coefficients(logits.shape[1], supervised=False))
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), row))
 
 
 @custom_op("sure_kernels::evidential_gradient")
@@ -130,10 +135,10 @@ class EvidentialLossFunction(torch.autograd.Function):
         labels = target
         if backend != "triton":
             labels, mask = pack_labels(target, mask, None, formula.k, ignore_index), None
-        sums = evidential_sums(logits, labels, mask, ignore_index, *formula, backend)
         if backend == "triton" and process_group is None:
-            loss, terms, coefficients = evidential_finalise(sums, *weights, *formula)
+            loss, terms, coefficients = evidential_forward(logits, labels, mask, ignore_index, *weights, *formula)
         else:
+            sums = evidential_sums(logits, labels, mask, ignore_index, *formula, backend)
             dtype = working_dtype(logits.dtype)
             base = closed_form.finalise(all_reduced(sums.sum(0), process_group), formula, weights)
             loss, terms = base.loss.to(dtype), base.terms.to(dtype)

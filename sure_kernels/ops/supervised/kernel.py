@@ -116,8 +116,11 @@ class Finalised(NamedTuple):
 
 
 @planned
-def _finaliser(images: int, formula: Formula, weights: Weights, correlation: bool, device: torch.device) -> Launch:
-    options = {"CORRELATION": correlation, **evidential.finalise_options(formula, weights)}
+def _finaliser(
+    images: int, formula: Formula, dice_form: str, include_background: bool, correlation: bool, device: torch.device
+) -> Launch:
+    """Without the weights of the terms, which may change at every step."""
+    options = evidential.finalise_options(formula, dice_form, include_background) | {"CORRELATION": correlation}
     return Launch(finalise_kernel, (1,), (images, *(0.0,) * 7), options)
 
 
@@ -134,9 +137,8 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights, supervision: Supe
         n, weights.ace, weights.kl, weights.dice, supervision.gradient_weight, supervision.far_weight,
         1.0 if supervision.relation == "decreasing" else -1.0, supervision.margin,
     )  # fmt: skip
-    # Without the weights, which may change at every step.
-    fixed = weights._replace(ace=0.0, kl=0.0, dice=0.0)
-    launch = _finaliser(n, formula, fixed, supervision.form == "correlation", device)
+    forms = (weights.dice_form, weights.include_background, supervision.form == "correlation")
+    launch = _finaliser(n, formula, *forms, device)
     with torch.cuda.device_of(sums):
         launch(sums, evidential.table(formula, device), *out, numbers=numbers)
     return out

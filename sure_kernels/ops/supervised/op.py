@@ -88,9 +88,19 @@ def _(logits, *options):
     return logits.new_empty((logits.shape[0], columns), dtype=torch.float64)
 
 
-@custom_op("sure_kernels::supervised_finalise")
-def supervised_finalise(
-    sums: Tensor,
+@custom_op("sure_kernels::supervised_evidential_loss")
+def supervised_forward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    band: Tensor,
+    ignore_index: int,
+    image: Tensor,
+    operator: str,
+    spacing: Sequence[float],
+    padding_mode: str,
+    channel_reduction: str,
+    cached: bool,
     gradient_weight: float,
     far_weight: float,
     form: str,
@@ -107,21 +117,24 @@ def supervised_finalise(
     class_weight: Sequence[float],
     official: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, terms, coefficients and means in one launch: for the Triton kernels of one process."""
-    from sure_kernels.ops.supervised import kernel
+    """Loss, terms, coefficients and means: for the Triton kernels of one process."""
+    from sure_kernels.ops.evidential.kernel import Source, sums
+    from sure_kernels.ops.supervised.kernel import finalise
 
     formula = Formula(kind, evidence, tuple(prior), tuple(class_weight), official)
     weights = Weights(ace_weight, kl_weight, dice_weight, dice_form, include_background)
     supervision = Supervision(gradient_weight, far_weight, form, relation, margin)
-    loss, terms, coefficients, means = kernel.finalise(sums, formula, weights, supervision)
+    source = Source(band, image, (operator, tuple(spacing), padding_mode, channel_reduction), cached)
+    summed = sums(logits, labels, mask, ignore_index, formula, source)
+    loss, terms, coefficients, means = finalise(summed, formula, weights, supervision)
     return loss, terms, coefficients, means
 
 
-@supervised_finalise.register_fake
-def _(sums, *options):
-    n, k = sums.shape[0], len(options[-3])
+@supervised_forward.register_fake
+def _(logits, *options):
+    n, k = logits.shape[:2]
     rows = (n, evidential.number_of_coefficients(k, supervised=True))
-    return tuple(sums.new_empty(shape, dtype=torch.float32) for shape in ((), (5,), rows, (n, 2)))
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (5,), rows, (n, 2)))
 
 
 @custom_op("sure_kernels::supervised_gradient")
@@ -220,10 +233,11 @@ class SupervisedEvidentialLossFunction(torch.autograd.Function):
         labels, bands = target, (band if backend == "triton" else None)
         if backend != "triton":
             labels, mask = pack_labels(target, mask, band, formula.k, ignore_index), None
-        sums = supervised_sums(logits, labels, mask, bands, ignore_index, image, *filter_, *formula, backend)
+        read = (logits, labels, mask, bands, ignore_index, image, *filter_)
         if backend == "triton" and process_group is None:
-            loss, terms, coefficients, means = supervised_finalise(sums, *supervision, *weights, *formula)
+            loss, terms, coefficients, means = supervised_forward(*read, *supervision, *weights, *formula)
         else:
+            sums = supervised_sums(*read, *formula, backend)
             dtype = working_dtype(logits.dtype)
             base = evidential.finalise(all_reduced(sums.sum(0), process_group), formula, weights)
             extra = closed_form.finalise(sums, supervision, process_group)
