@@ -1,6 +1,7 @@
 """nn.Module wrappers: options in the constructor, tensors in the call, nothing learned.
 
-Losses are called as MONAI and nnU-Net call theirs, `loss(input, target)`; whatever else they need is keyword.
+Losses are called as MONAI and nnU-Net call theirs, `loss(input, target)`; whatever else they need is keyword. Priors,
+class weights and spacings, lists and tensors included, are read when a module is made.
 """
 
 from __future__ import annotations
@@ -25,16 +26,23 @@ from sure_kernels.validation import (
     check_sequence,
     check_target,
     plain_tensor,
+    settled,
     shape_of,
 )
 
 
+def _settled(options: dict[str, Any]) -> dict[str, Any]:
+    """With numbers in sequences and tensors read once: in every call, a tensor on a GPU would make the host wait."""
+    numbers = {name: settled(options[name], name) for name in ("prior", "class_weight", "spacing") if name in options}
+    return options | numbers
+
+
 class _Options(nn.Module):
-    """Keeps keyword arguments for the function it wraps, and shows them."""
+    """Keeps keyword arguments, checked ones, for the function it wraps, and shows them."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self.options = _settled(options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -105,22 +113,23 @@ class EvidentialLoss(_Options):
         compat: str | None = None,
         return_terms: bool = False,
     ) -> None:
-        super().__init__(
-            kind=kind,
-            evidence=evidence,
-            prior=prior,
-            ace_weight=ace_weight,
-            kl_weight=kl_weight,
-            dice_weight=dice_weight,
-            dice=dice,
-            class_weight=class_weight,
-            include_background=include_background,
-            ignore_index=ignore_index,
-            process_group=process_group,
-            compat=compat,
-            return_terms=return_terms,
-        )
-        functional.check_evidential(**self.options)
+        options: dict[str, Any] = {
+            "kind": kind,
+            "evidence": evidence,
+            "prior": prior,
+            "ace_weight": ace_weight,
+            "kl_weight": kl_weight,
+            "dice_weight": dice_weight,
+            "dice": dice,
+            "class_weight": class_weight,
+            "include_background": include_background,
+            "ignore_index": ignore_index,
+            "process_group": process_group,
+            "compat": compat,
+            "return_terms": return_terms,
+        }
+        functional.check_evidential(**options)
+        super().__init__(**options)
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Any:
         return functional.evidential_loss(input, target, mask=mask, **self.options)
@@ -373,6 +382,13 @@ class SURELoss(nn.Module):
         }
         functional.check_evidential(**self.evidential_options, kl_weight=kl_weight, return_terms=return_terms)
         functional.check_filter(**self.filter_options)
+        for options in (
+            self.dirichlet_options,
+            self.evidential_options,
+            self.filter_options,
+            self.supervision_options,
+        ):
+            options.update(_settled(options))
         self.epoch = 0.0
 
     def set_epoch(self, epoch: float) -> None:
@@ -426,17 +442,17 @@ class SURELoss(nn.Module):
         beta, far = annealing * self.gradient_weight, annealing * self.far_weight if noised is None else 0.0
         softly = beta > 0 and self.soft is not None
         options: dict[str, Any] = {**self.evidential_options, "kl_weight": self.current_kl_weight, "mask": mask}
-        options["return_terms"] = True
+        options["return_terms"] = self.return_terms
         fused = 0.0 if softly else beta
         if fused == far == 0:
-            loss, terms = functional.evidential_loss(input, target, **options)
-            values = [*terms, *(torch.zeros_like(loss.detach()) for _ in range(4))]
+            found = functional.evidential_loss(input, target, **options)
         else:
             options |= {"gradient": gradient, "distance": distance, "band": band, **self.supervision_options}
-            loss, terms = functional.supervised_evidential_loss(
+            found = functional.supervised_evidential_loss(
                 input, target, image, gradient_weight=fused, far_weight=far, **options
             )
-            values = [*terms, *(torch.zeros_like(loss.detach()) for _ in range(2))]
+        loss, *given = found if self.return_terms else (found, ())
+        terms = dict(zip(SURETerms._fields, *given, strict=False))
 
         if noised is not None or softly:
             mask = check_mask(mask, len(z), z.shape[2:], z)
@@ -448,7 +464,7 @@ class SURELoss(nn.Module):
                 g = functional.gradient_magnitude(image, **self.filter_options) if gradient is None else gradient  # type: ignore[arg-type]  # checked there
                 relation = self.supervision_options["relation"]
                 ranking = functional.gradient_uncertainty_loss(clean, g, distance, relation=relation, **shared)
-                loss, values[3] = loss + beta * ranking, ranking.detach()
+                loss, terms["gradient"] = loss + beta * ranking, ranking.detach()
             if noised is not None:
                 near = self.supervision_options["near"]
                 noise, (mu, d, far_term) = functional.noise_uncertainty_loss(
@@ -462,8 +478,12 @@ class SURELoss(nn.Module):
                     return_terms=True,
                     **shared,
                 )
-                loss, values[4:] = loss + annealing * self.noise_weight * noise, [far_term, mu, d]
-        return (loss, SURETerms(*values)) if self.return_terms else loss
+                loss = loss + annealing * self.noise_weight * noise
+                terms |= {"far": far_term, "mu": mu, "d": d}
+        if not self.return_terms:
+            return loss
+        zeros = {name: torch.zeros_like(loss.detach()) for name in SURETerms._fields if name not in terms}
+        return loss, SURETerms(**terms, **zeros)
 
     def _distance(self, labels: Tensor, like: Tensor) -> Tensor:
         """As far as any threshold reaches; the soft ones have no end."""

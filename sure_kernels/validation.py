@@ -427,6 +427,15 @@ def number_tuple(value: Numbers, name: str, length: int | None, owner: str) -> t
     return numbers
 
 
+def settled(value: Numbers | None, name: str) -> float | tuple[float, ...] | None:
+    """Numbers as Python holds them, read once; one stays one, since how many it stands for shows later."""
+    if value is None:
+        return None
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0):
+        return number_tuple(value, name, None, "entry")[0]
+    return number_tuple(value, name, None, "entry")
+
+
 def check_prior(prior: Numbers, k: int | None) -> tuple[float, ...]:
     """The prior as K floats (as many as given where `k` is not known), each at least 1e-3."""
     numbers = number_tuple(prior, "prior", k, "class")

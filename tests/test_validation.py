@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -376,6 +377,41 @@ def test_checks_remembered_are_limited(monkeypatch):
         assert counted.asked(x, y, weight=weight)
     assert not counted.asked(x, y, weight=4.0)
     assert counted.asked(x, y, weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (sk.GradientMagnitude, {"spacing": [1.0, 2.0]}),
+        (sk.DirichletUncertainty, {"prior": [1.0, 2.0, 0.5]}),
+        (sk.EvidentialLoss, {"prior": [1.0, 2.0, 0.5], "class_weight": [1, 2, 3]}),
+        (sk.SURELoss, {"prior": [1.0, 2.0, 0.5], "class_weight": [1, 2, 3], "spacing": [1.0, 2.0]}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, numpy.array])
+def test_modules_read_numbers_once(made, options, kind, monkeypatch):
+    """A tensor on a GPU would make the host wait at every call, and whoever changes a list changes a training."""
+    given = {name: kind(value) for name, value in options.items()}
+    module, same = made(**given), made(**{name: tuple(value) for name, value in options.items()})
+    for value in given.values():
+        if kind is not tuple:
+            value[0] = 7
+    image = torch.randn((2, 1, 4, 5), generator=torch.Generator().manual_seed(0))
+    args = {sk.GradientMagnitude: (image,), sk.DirichletUncertainty: (Z,)}.get(made, (Z, Y))
+    for found in (module, same):
+        if made is sk.SURELoss:
+            found.set_epoch(60)
+    kwargs = {"image": image} if made is sk.SURELoss else {}
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("a tensor was read"))
+    got, expected = module(*args, **kwargs), same(*args, **kwargs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert repr(module) == repr(same)
+
+
+@pytest.mark.parametrize("prior", [2, 2.0, numpy.float32(2), torch.tensor(2.0)])
+def test_modules_take_one_number_for_all(prior):
+    assert torch.equal(sk.EvidentialLoss(prior=prior)(Z, Y), loss(prior=2.0))
 
 
 def test_subclasses_are_welcome():

@@ -163,23 +163,45 @@ def test_ops(gpu, op, monkeypatch):
     assert not dispatched
 
 
+class Seen(TorchDispatchMode):
+    """Names of the ops within the block, but of those that launch nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.names -= {"aten::detach", "aten::is_set_to", "aten::squeeze.dim"}
+
+
 @pytest.mark.parametrize("name", ["evidential_loss", "supervised_evidential_loss"])
 def test_backward_launches_nothing_else(gpu, name):
     """Of torch's own kernels only the one that fills the loss's gradient with 1."""
     (op,) = (op for op in OPS if op.name == name)
     args, kwargs = op.example(torch.Generator().manual_seed(0), 3, (6, 5, 7), torch.float32)
     loss = op.function(args[0].requires_grad_(), *args[1:], **kwargs)
-    names = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
-    with Seen():
+    with Seen() as seen:
         loss.backward()
     own = "sure_kernels::" + name.removesuffix("_loss").removesuffix("_evidential") + "_gradient"
-    assert set(names) - {"aten::ones_like", "aten::detach"} == {own}
+    assert seen.names - {"aten::ones_like"} == {own}
+
+
+@pytest.mark.parametrize(("epoch", "name"), [(0, "evidential_loss"), (50, "supervised_evidential_loss")])
+def test_modules_launch_nothing_else(gpu, epoch, name):
+    """Also with weights of classes and a spacing on a GPU, which have been read when the module was made."""
+    (op,) = (op for op in OPS if op.name == "supervised_evidential_loss")
+    (logits, target, image), _ = op.example(torch.Generator().manual_seed(0), 3, (6, 5, 7), torch.float32)
+    loss = sk.SURELoss(class_weight=torch.tensor([1.0, 2.0, 3.0]), prior=[1.0, 1.0, 2.0], spacing=torch.ones(3))
+    loss.set_epoch(epoch)
+    band = sk.boundary_band(target)
+    with Seen() as seen:
+        loss(logits.requires_grad_(), target, image=image, band=band)
+    assert seen.names == {"sure_kernels::" + name}
 
 
 def test_too_many_images(gpu):
