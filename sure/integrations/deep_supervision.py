@@ -19,11 +19,13 @@ class DeepSupervision(nn.Module):
 
     Args:
         weights: of the outputs, the finest first; outputs of weight 0 are not looked at.
-        options: of SURELoss.
+        options: of SURELoss; not `return_terms`, since terms of several outputs are not one set.
     """
 
     def __init__(self, weights: Sequence[float], **options: Any) -> None:
         super().__init__()
+        if options.get("return_terms"):
+            raise ValueError("return_terms: expected False, since each output has terms of its own, got True")
         self.weights = tuple(float(w) for w in weights)
         self.finest = sk.SURELoss(**options)
         self.coarser = sk.SURELoss(**{**options, "gradient_weight": 0.0, "far_weight": 0.0})
@@ -52,7 +54,8 @@ class DeepSupervision(nn.Module):
         total = outputs[0].new_zeros((), dtype=torch.float32)
         for i, (logits, labels, weight) in enumerate(zip(outputs, targets, self.weights, strict=False)):
             if weight:
-                labels = labels.long()  # frameworks hold them as float or int16
+                if labels.is_floating_point():  # as some frameworks hold them
+                    labels = labels.long()
                 if i == 0:
                     image = None if self._image is None else self._image.to(logits.device, non_blocking=True)
                     total = total + weight * self.finest(logits, labels, image=image)

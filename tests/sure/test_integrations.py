@@ -129,16 +129,19 @@ class TestDeepSupervision:
             assert bool((z.grad[(y == 3).expand_as(z)] == 0).all())
             assert bool((z.grad != 0).any())
 
-    def test_one_output(self):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8])
+    def test_one_output(self, dtype):
         logits, labels, _ = self.outputs()
         loss = DeepSupervision([1.0, 0.5], ignore_index=3)
         expected = sk.SURELoss(ignore_index=3)(logits[0], labels[0].long())
-        torch.testing.assert_close(loss(logits[0], labels[0]), expected)
+        torch.testing.assert_close(loss(logits[0], labels[0].to(dtype)), expected)
 
     def test_mistakes_are_named(self):
         logits, labels, _ = self.outputs()
         with pytest.raises(ValueError, match="output, target: expected as many of each, up to 3, got 3 and 2"):
             DeepSupervision([1, 1, 1])(logits, labels[:2])
+        with pytest.raises(ValueError, match="return_terms: expected False"):
+            DeepSupervision([1.0], return_terms=True)
         loss = DeepSupervision([1.0])
         loss.set_epoch(90)
         with pytest.raises(TypeError, match="image: expected"):
