@@ -70,11 +70,11 @@ def _read(p, m, PADDING: tl.constexpr):
 
 
 @triton.jit
-def _row_parts(p_row, o_left, o_here, o_right, m, m_left, m_right, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+def _row_parts(p_row, ahead, o_left, o_here, o_right, m, m_left, m_right, CENTRE: tl.constexpr, PADDING: tl.constexpr):
     """Difference along w and smoothed value of one row, columns extended by PADDING: two [BLOCK]."""
-    b_left = _read(p_row + o_left, m & m_left, PADDING)
-    b_here = _read(p_row + o_here, m, PADDING)
-    b_right = _read(p_row + o_right, m & m_right, PADDING)
+    b_left = _read(p_row + o_left + ahead, m & m_left, PADDING)
+    b_here = _read(p_row + o_here + ahead, m, PADDING)
+    b_right = _read(p_row + o_right + ahead, m & m_right, PADDING)
     if PADDING == "extrapolate":
         b_left = tl.where(m_left, b_left, 2.0 * b_here - b_left)
         b_right = tl.where(m_right, b_right, 2.0 * b_here - b_right)
@@ -91,12 +91,23 @@ def plane_parts(p_image, z, o_h, o_w, D, H, W, s_d, s_h, s_w, CENTRE: tl.constex
     `p_image` points to the first voxel of one channel of one image.
     """
     p_plane = p_image + neighbour(z, D, PADDING) * tl.cast(s_d, tl.int64)
-    return parts(p_plane, (z >= 0) & (z < D), o_h, o_w, H, W, s_h, s_w, CENTRE, PADDING)
+    return _parts(p_plane, 0, (z >= 0) & (z < D), o_h, o_w, H, W, s_h, s_w, CENTRE, PADDING)
 
 
 @triton.jit
-def parts(p_plane, m, o_h, o_w, H, W, s_h, s_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
-    """`plane_parts` of the plane at `p_plane`; `m` says whether it is one of the volume.
+def parts_ahead(p_plane, ahead, o_plane, m, o_h, o_w, H, W, s_h, s_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """`plane_parts` of the plane `ahead` elements after that at `p_plane`; `m` says whether it is one of the volume.
+
+    `o_plane` [BLOCK] differs from lane to lane, as flat indices of the voxels do; it and `ahead` have 32 bits, and so
+    has their sum. An index of its own is what a lane scales and adds to the pointer of a tap in one instruction; a
+    number that all lanes share takes them two.
+    """
+    return _parts(p_plane - o_plane, ahead + o_plane, m, o_h, o_w, H, W, s_h, s_w, CENTRE, PADDING)
+
+
+@triton.jit
+def _parts(p_plane, ahead, m, o_h, o_w, H, W, s_h, s_w, CENTRE: tl.constexpr, PADDING: tl.constexpr):
+    """`plane_parts` of the plane `ahead` elements after `p_plane`; `m` says whether it is one of the volume.
 
     Rows from H on are those of row H - 1: reading some voxel costs less than a mask.
     """
@@ -107,22 +118,22 @@ def parts(p_plane, m, o_h, o_w, H, W, s_h, s_w, CENTRE: tl.constexpr, PADDING: t
     p_above = p_plane + neighbour(o_h - 1, H, PADDING) * s_h
     p_below = p_plane + neighbour(o_h + 1, H, PADDING) * s_h
     m_left, m_right, m_above, m_below = o_w > 0, o_w < W - 1, o_h > 0, o_h < H - 1
-    b_dw, b_here = _row_parts(p_here, o_left, o_here, o_right, m, m_left, m_right, CENTRE, PADDING)
+    b_dw, b_here = _row_parts(p_here, ahead, o_left, o_here, o_right, m, m_left, m_right, CENTRE, PADDING)
     m_row_above, m_row_below = m & m_above, m & m_below
     if CENTRE > 0:
         b_dw_above, b_above = _row_parts(
-            p_above, o_left, o_here, o_right, m_row_above, m_left, m_right, CENTRE, PADDING
+            p_above, ahead, o_left, o_here, o_right, m_row_above, m_left, m_right, CENTRE, PADDING
         )
         b_dw_below, b_below = _row_parts(
-            p_below, o_left, o_here, o_right, m_row_below, m_left, m_right, CENTRE, PADDING
+            p_below, ahead, o_left, o_here, o_right, m_row_below, m_left, m_right, CENTRE, PADDING
         )
         if PADDING == "extrapolate":
             b_dw_above = tl.where(m_above, b_dw_above, 2.0 * b_dw - b_dw_above)
             b_dw_below = tl.where(m_below, b_dw_below, 2.0 * b_dw - b_dw_below)
         b_dw = b_dw_above + b_dw_below + CENTRE * b_dw
     else:
-        b_above = _read(p_above + o_here, m_row_above, PADDING)
-        b_below = _read(p_below + o_here, m_row_below, PADDING)
+        b_above = _read(p_above + o_here + ahead, m_row_above, PADDING)
+        b_below = _read(p_below + o_here + ahead, m_row_below, PADDING)
     if PADDING == "extrapolate":
         b_above = tl.where(m_above, b_above, 2.0 * b_here - b_above)
         b_below = tl.where(m_below, b_below, 2.0 * b_here - b_below)

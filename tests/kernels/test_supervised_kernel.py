@@ -143,11 +143,12 @@ class TestValues:
         compare(LOSS, logits * float("nan"), target, image, band=band)
 
     def test_marches_join(self, device, monkeypatch):
-        """Wherever a march along z starts, it sees the same planes."""
+        """Wherever a march along z starts, it sees the same planes; planes too large for one are filtered alone."""
         logits, target, _, image, band = case((1, 3, 5, 4, 5), device)
         results = []
-        for length in (5, 2):
+        for length, indices in ((5, 1 << 31), (2, 1 << 31), (5, 5 * 20), (5, 3 * 20)):
             monkeypatch.setattr(sweeps, "march_length", lambda voxels, depth, length=length: length)
+            monkeypatch.setattr(sweeps, "_MARCH_INDICES", indices)
             results.append(evaluate(sk.supervised_evidential_loss, logits, target, image, band=band, **HEAVY))
         for loss, terms, gradient in results[1:]:
             torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
@@ -158,6 +159,24 @@ class TestValues:
         logits, target, _, image, band = active((2, 3, 3, 4, 5), device)
         first, second = (evaluate(sk.supervised_evidential_loss, logits, target, image, band=band) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "spatial", [(700, 1 << 12, 1 << 11), (9, 1 << 14, 23170), (3, 1 << 15, 1 << 14), (2, 46340, 46340)]
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_marches_reach_what_32_bits_do(spatial, backward):
+    formula = evidential.Formula("digamma", "softplus", (1.0, 1.0), (), False)
+    filter_ = ("sobel", (1.0, 1.0, 1.0), "replicate", "l2")
+    shape, strides = (1, 2, *spatial), (1,) * (7 if backward else 3)
+    plan = sweeps._launch(backward, shape, strides, formula, False, -100, True, filter_, 1, torch.device("cpu"))
+    _, plane, depth, march, *_ = plan.numbers
+    tiles = -(-plane // plan.options["BLOCK"])
+    assert plan.grid == (tiles * -(-depth // march), 1)
+    if plan.options["GRADIENT"] == sweeps.MARCHED:
+        assert (march + 1) * plane <= 2**31
+    else:
+        assert plane >= 2**29
 
 
 def test_offsets_past_two_to_the_31(device):

@@ -72,6 +72,8 @@ _NO_CLASS = tl.constexpr(-1)
 _BIAS = tl.constexpr(127)
 # So many numbers, one a class, are kept in registers rather than looked up.
 _FEW_CLASSES = tl.constexpr(4)
+# Whether a voxel is of a class, for so many classes, is kept from one loop over them to the next.
+_FEW_PREDICATES = tl.constexpr(8)
 # A logit of no evidence, the slope of which is 0 as well; and its bits.
 _NO_EVIDENCE = tl.constexpr(-(2.0**100))
 _NO_EVIDENCE_BITS = tl.constexpr(np.float32(-(2.0**100)).view(np.int32).item())
@@ -267,10 +269,14 @@ def _next_plane(o_first, z, depth, plane, GRADIENT: tl.constexpr, PADDING: tl.co
 
 @triton.jit
 def _marched(
-    planes, p_after, z, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE: tl.constexpr, PADDING: tl.constexpr
-):
-    """Gradient magnitude of plane z of one channel, [BLOCK], with plane z + 1 at `p_after`; and `planes` for that."""
-    after = taps.parts(p_after, z + 1 < D, o_h, o_w, H, W, W, 1, CENTRE, PADDING)
+    planes, p_march, ahead, z, o_plane, o_h, o_w, D, H, W, scale_d, scale_h, scale_w,
+    CENTRE: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """Gradient magnitude of plane z of one channel, [BLOCK], and `planes` for the next.
+
+    Plane z + 1, or what stands for it, lies `ahead` voxels after `p_march`.
+    """
+    after = taps.parts_ahead(p_march, ahead, o_plane, z + 1 < D, o_h, o_w, H, W, W, 1, CENTRE, PADDING)
     derivatives, planes = taps.march(planes, after, z, D, scale_d, scale_h, scale_w, CENTRE, PADDING)
     gd, gh, gw = derivatives
     return tl.sqrt(gd * gd + gh * gh + gw * gw), planes
@@ -451,9 +457,12 @@ def sums_kernel(
     if GRADIENT == 2:
         planes = taps.first_planes(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
     o_first = tl.cast(z_first, tl.int64) * plane
+    p_march, ahead = p_image + o_first, 0
 
     for z in range(z_first, z_end):
         o_next = _next_plane(o_first, z, depth, plane, GRADIENT, PADDING)
+        if GRADIENT == 2:
+            ahead += taps.plane_step(z, depth, tl.cast(plane, tl.int32), PADDING)
         o_voxel = o_first + o_plane
         m = m_plane
         if not WHOLE:
@@ -560,7 +569,7 @@ def sums_kernel(
                 g = tl.load(p_image + o_voxel, mask=on, other=0.0).to(tl.float32)
             elif GRADIENT == 2:
                 g, planes = _marched(
-                    planes, p_image + o_next, z, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE, PADDING
+                    planes, p_march, ahead, z, o_plane, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE, PADDING
                 )
             else:
                 g = _filtered(
@@ -861,9 +870,12 @@ def gradient_kernel(
     if GRADIENT == 2:
         planes = taps.first_planes(p_image, z_first, o_h, o_w, D, H, W, plane, W, 1, CENTRE, PADDING)
     o_first = tl.cast(z_first, tl.int64) * plane
+    p_march, ahead = p_image + o_first, 0
 
     for z in range(z_first, z_end):
         o_next = _next_plane(o_first, z, depth, plane, GRADIENT, PADDING)
+        if GRADIENT == 2:
+            ahead += taps.plane_step(z, depth, tl.cast(plane, tl.int32), PADDING)
         o_voxel = o_first + o_plane
         m = m_plane
         if not WHOLE:
@@ -877,7 +889,7 @@ def gradient_kernel(
                 g = tl.load(p_image + o_voxel, mask=on, other=0.0).to(tl.float32)
             elif GRADIENT == 2:
                 g, planes = _marched(
-                    planes, p_image + o_next, z, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE, PADDING
+                    planes, p_march, ahead, z, o_plane, o_h, o_w, D, H, W, scale_d, scale_h, scale_w, CENTRE, PADDING
                 )
             else:
                 g = _filtered(
@@ -934,8 +946,12 @@ def gradient_kernel(
         )  # fmt: skip
 
         # 3. Through the evidence, every element written.
+        b_again = b_label
+        if GRADIENT == 2 and K > _FEW_PREDICATES:
+            # Plus 0, which the compiler does not know: the label is compared again, not K answers kept and unpacked.
+            b_again += march >> 31
         for c in tl.static_range(K):
-            is_y = b_label == c
+            is_y = b_again == c
             da_rest = da_wrong
             if KIND == "mse":
                 da_rest += per_a * concentrations[c]
@@ -1020,6 +1036,8 @@ _MANY_BLOCK = 256
 _STEPS, _ENOUGH_PROGRAMS = 32, 2048
 # From here on programs are enough for marches twice as far: what one does before and after is worth some planes.
 _VERY_LARGE_VOLUME = 1 << 27
+# Elements of an image that a march reaches, from its first plane on.
+_MARCH_INDICES = 1 << 31
 _REDUCE_BLOCK = 1024
 _FINALISE_ROWS, _FINALISE_WARPS = 16, 1
 NUM_WARPS = 4
@@ -1110,13 +1128,17 @@ def _launch(
         operator, spacing, padding, reduction = filter_
         scales, centre = axis_scales(operator, spacing), centre_tap(operator)
         gradient, dims = FILTERED, len(spatial)
-        if channels == 1 and dims == 3:
+        # A march has indices of 32 bits.
+        if channels == 1 and dims == 3 and height * width < _MARCH_INDICES // 4:
             gradient, reduction = MARCHED, "l2"
     block = block_size(k, gradient)
     if filter_ is not None:
         plane, planes, march = height * width, depth, march_length(n * voxels, depth)
         if n * voxels >= _VERY_LARGE_VOLUME:
             march = min(depth, 2 * march)
+        if gradient == MARCHED:
+            # With the plane after the last, and an index within it.
+            march = min(march, _MARCH_INDICES // plane - 2)
     else:
         plane, planes = block, cdiv(voxels, block)
         march = min(_STEPS, cdiv(n * planes, _ENOUGH_PROGRAMS))
