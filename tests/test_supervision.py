@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tolerances import FLOAT32_GRADIENT_LARGE, FLOAT32_VALUE, FLOAT64_GRADIENT, FLOAT64_VALUE
 
 import sure_kernels as sk
 from sure_kernels import schedules
+from sure_kernels.kernel_lib.labels import BOUNDARY, FAR
 
 
 def setting(seed=0, shape=(2, 3, 12, 14)):
@@ -356,3 +359,31 @@ def test_modules_are_the_functions():
     expected = sk.gradient_uncertainty_loss(u, g, d, max_distance=2.0, relation="increasing", groups=target)
     assert torch.equal(ranking(u, g, d, groups=target), expected)
     assert "good_model_step=30" in repr(sk.SURELoss())
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("source", ["image", "gradient"])
+@pytest.mark.parametrize("supervision", ["covariance", "correlation"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_magnitudes_off_the_boundary_are_not_read(backend, source, supervision, bad):
+    """Where a voxel does not count, and where one that does is not on the boundary."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn((2, 3, 6, 5, 8), generator=generator)
+    target = torch.randint(0, 3, (2, 6, 5, 8), generator=generator)
+    band = torch.zeros((2, 1, 6, 5, 8), dtype=torch.uint8)
+    band[..., :2], band[..., 2:4] = BOUNDARY, FAR
+    target[..., 6:] = -100
+    given = torch.rand((2, 1, 6, 5, 8), generator=generator)
+    spoilt = given.clone()
+    # The filter reaches one voxel further.
+    spoilt[..., 3:] = bad
+    results = []
+    for x in (given, spoilt):
+        z = logits.clone().requires_grad_()
+        kwargs = {source: x, "band": band, "supervision": supervision, "relation": "increasing"}
+        with sk.backend(backend):
+            loss = sk.supervised_evidential_loss(z, target, kwargs.pop("image", None), **kwargs, gradient_weight=9.0)
+        loss.backward()
+        results.append((loss.detach(), z.grad))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected)

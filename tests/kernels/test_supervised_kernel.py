@@ -142,6 +142,20 @@ class TestValues:
         target.fill_(IGNORED)
         compare(LOSS, logits * float("nan"), target, image, band=band)
 
+    @pytest.mark.parametrize("form", ["covariance", "correlation"])
+    @pytest.mark.parametrize("cached", [False, True])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_a_magnitude_that_is_not_finite_shows(self, form, cached, bad, device, monkeypatch):
+        """In the loss, as its gradient is not finite either."""
+        monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
+        logits, target, _, image, band = active((1, 3, 3, 4, 5), device)
+        given = sk.gradient_magnitude(image) if cached else image
+        given = given.clone()
+        given[(band == BOUNDARY).nonzero()[0].unbind()] = bad
+        options = {"supervision": form, "band": band, "gradient": given if cached else None}
+        loss = sk.supervised_evidential_loss(logits, target, None if cached else given, **options)
+        assert bool(loss.isnan())
+
     def test_marches_join(self, device, monkeypatch):
         """Wherever a march along z starts, it sees the same planes; planes too large for one are filtered alone."""
         logits, target, _, image, band = case((1, 3, 5, 4, 5), device)

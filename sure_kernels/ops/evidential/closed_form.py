@@ -315,7 +315,8 @@ def gradient_of(
         c_g, c_u, c_far = row[2 + 2 * k :]
         u = v.inverse * c.prior_sum
         on, far = (_where_equal(supervised.band, where, u.dtype) for where in (BOUNDARY, FAR))
-        du = on * (c_g * (supervised.magnitude - means[0]) + c_u * (u - means[1])) + far * c_far
+        g = _finite_off(supervised.magnitude, on)
+        du = on * (c_g * (g - means[0]) + c_u * (u - means[1])) + far * c_far
         da_all = da_all - du * u * v.inverse
 
     result = []
@@ -327,6 +328,13 @@ def gradient_of(
         da.mul_(evidence_slope(z, e, formula.evidence))
         result.append(da if piece.all_count else da.mul_(v.valid))
     return result
+
+
+def _finite_off(g: Tensor, on: Tensor) -> Tensor:
+    """g, of which only voxels that are `on` count: finite elsewhere, as 0 times NaN is NaN."""
+    if not compiling() and g.device.type == "cpu" and bool(g.sum().isfinite()):
+        return g
+    return torch.where(on != 0, g, 0.0)
 
 
 def _read(z: Tensor, codes: Tensor, voxels: slice, formula: Formula, banded: bool) -> Piece:

@@ -42,7 +42,8 @@ def _covariance(p_moments, m, sign, margin, CORRELATION: tl.constexpr):
     share = 1.0 / tl.maximum(n, 1.0)
     g_mean = tl.load(p_moments + 1, mask=m, other=0.0) * share
     u_mean = tl.load(p_moments + 3, mask=m, other=0.0) * share
-    g_var, g_some = _variance(tl.load(p_moments + 2, mask=m, other=0.0) * share, g_mean)
+    g_square = tl.load(p_moments + 2, mask=m, other=0.0)
+    g_var, g_some = _variance(g_square * share, g_mean)
     u_var, u_some = _variance(tl.load(p_moments + 5, mask=m, other=0.0) * share, u_mean)
     usable = (n >= 2.0) & g_some
     scale = sign / tl.sqrt(g_var)
@@ -52,7 +53,8 @@ def _covariance(p_moments, m, sign, margin, CORRELATION: tl.constexpr):
     value = (tl.load(p_moments + 4, mask=m, other=0.0) * share - g_mean * u_mean) * scale
     active = usable & (value > -margin)
     r = tl.where(active, value, 0.0)
-    c = tl.where(active, value + margin, 0.0)
+    # A magnitude that is not finite fails every comparison: it shall show in the loss.
+    c = tl.where(active, value + margin, 0.0) + 0.0 * g_square
     return c, r, tl.where(active, scale * share, 0.0), share, u_var, g_mean, u_mean
 
 
