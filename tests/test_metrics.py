@@ -529,6 +529,21 @@ def test_calibration_ignores_what_does_not_count(spatial):
         assert torch.isnan(function(probability, target, mask=torch.zeros_like(mask))).all()
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, 2.0, -1.0, math.nan])
+@pytest.mark.parametrize("how", ["mask", "ignored"])
+def test_probabilities_of_voxels_that_do_not_count_may_be_anything(bad, how):
+    probability = torch.softmax(torch.randn(1, 3, 4, 4), 1)
+    target = torch.zeros(1, 4, 4, dtype=torch.int64)
+    left_out = torch.zeros(1, 4, 4, dtype=torch.bool)
+    left_out[0, 1, 2] = True
+    spoilt = torch.where(left_out.unsqueeze(1), bad, probability)
+    kwargs = {"mask": ~left_out}
+    if how == "ignored":
+        target, kwargs = torch.where(left_out, -100, target), {}
+    for function in (metrics.expected_calibration_error, metrics.brier_score, metrics.negative_log_likelihood):
+        torch.testing.assert_close(function(spoilt, target, **kwargs), function(probability, target, **kwargs))
+
+
 def test_calibration_errors():
     probability = torch.softmax(torch.randn(1, 3, 4, 4), 1)
     target = torch.zeros(1, 4, 4, dtype=torch.int64)

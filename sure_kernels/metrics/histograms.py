@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sure_kernels.backends import dispatch
+from sure_kernels.kernel_lib.labels import counted_voxels
 from sure_kernels.metrics.state import SumState
 from sure_kernels.ops.histograms import op
 from sure_kernels.ops.histograms.reference import HALF, Parts
@@ -86,12 +87,13 @@ class Segmentation(NamedTuple):
     @classmethod
     def checked(cls, probability: object, target: object, mask: object, ignore_index: object) -> Segmentation:
         p = check_float_map(probability, "probability", minimum_channels=2).detach()
-        if values_checked(p):
-            _check_range(p)
         n, _, *spatial = p.shape
         counted = check_mask(mask, n, spatial, p)
         index = check_int(ignore_index, "ignore_index")
-        return cls(p, check_target(target, p, index, counted, owner="probability"), counted, index)
+        labels = check_target(target, p, index, counted, owner="probability")
+        if values_checked(p):
+            _check_range(p, labels, counted, index)
+        return cls(p, labels, counted, index)
 
 
 def histograms_of(
@@ -115,11 +117,14 @@ def check_num_bins(num_bins: object) -> int:
     return check_count(num_bins, "num_bins", maximum=MOST_BINS)
 
 
-def _check_range(p: Tensor) -> None:
+def _check_range(p: Tensor, labels: Tensor, mask: Tensor | None, ignore_index: int) -> None:
     low, high = (float(v) for v in torch.aminmax(p))
     if low >= 0 and high <= 1 + _SLACK:
         return
-    outside = p[(p < 0) | (p > 1 + _SLACK)]  # NaN is none of these
+    counted = counted_voxels(labels, ignore_index)
+    if mask is not None:
+        counted = counted & mask
+    outside = p[((p < 0) | (p > 1 + _SLACK)) & counted.unsqueeze(1)]  # NaN is none of these
     if outside.numel():
         low, high = (float(v) for v in torch.aminmax(outside))
         raise ValueError(f"probability: expected values in [0, 1], got {low:.3g} to {high:.3g}")
