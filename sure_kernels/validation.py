@@ -78,13 +78,17 @@ def _outline(tensor: Tensor | None) -> Any:
 
 
 def _origin(checked: Tensor | None, tensors: Sequence[Tensor | None]) -> tuple[int, bool] | None:
-    """Which of `tensors` a checked one is, and whether without its axis 1; None where it is made of one otherwise."""
-    for index, given in enumerate(tensors):
-        if given is checked:
-            return index, False
-        if given is not None and checked is not None and _squeezed(checked, given):
-            return index, True
-    return None
+    """Which of `tensors` a checked one is, and whether without its axis 1.
+
+    None where it is made of one otherwise, or where a tensor came as two arguments: which of them it is shows in the
+    next call at the earliest.
+    """
+    found = [
+        (index, given is not checked)
+        for index, given in enumerate(tensors)
+        if given is checked or (given is not None and checked is not None and _squeezed(checked, given))
+    ]
+    return found[0] if len(found) == 1 or (found and checked is None) else None
 
 
 def _squeezed(checked: Tensor, given: Tensor) -> bool:

@@ -366,6 +366,22 @@ def test_what_is_checked_every_time(why):
         assert counted.asked(*given, reading=why == "values", prior=[1.0] if why == "list" else (1.0,))
 
 
+def test_a_tensor_handed_in_twice(monkeypatch):
+    """Which of the two arguments it was for is not to be mistaken in the calls that follow."""
+    x, g, z = torch.rand((2, 1, 4, 5)), torch.rand((2, 1, 4, 5)), torch.randn((2, 3, 4, 5))
+    y = torch.randint(0, 3, (2, 4, 5), dtype=torch.uint8)
+    options = {"band": y, "supervision": "correlation", "margin": 0.97, "gradient_weight": 90.0}
+
+    def losses():
+        pairs = (g, g), (x, g), (g, x)
+        return [sk.supervised_evidential_loss(z, y, a, gradient=b, **options) for a, b in pairs]
+
+    monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
+    found = losses()
+    monkeypatch.setenv("SURE_KERNELS_CHECKS", "1")
+    assert found == losses()
+
+
 class Subclass(torch.Tensor):
     pass
 
