@@ -308,10 +308,9 @@ def _explain(loss: Tensor, common: _Common, process_group: Any | None, **read: T
     """Name the voxel when the loss is not finite because the logits, or what else was `read`, were not."""
     if not common.values_read or math.isfinite(loss.item()):
         return
-    valid = counted_voxels(common.target, common.ignore_index)
-    check.explain_non_finite(common.logits, valid if common.mask is None else valid & common.mask)
+    check.explain_non_finite(common.logits, counted_voxels(common.target, common.ignore_index, common.mask))
     for name, given in read.items():
-        check.explain_non_finite(given, torch.ones_like(valid), name)
+        check.explain_non_finite(given, torch.ones_like(common.target, dtype=torch.bool), name)
     if process_group is None:  # or else the cause may lie on another rank
         largest = float(common.logits.detach().abs().nan_to_num(0, 0, 0).max())
         raise ValueError(
@@ -751,8 +750,7 @@ def _band_for(
     if not distances.is_floating_point():
         raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
     check.refuse_gradient(distances, "distance")
-    valid = counted_voxels(common.target, common.ignore_index)
-    check.check_distances(distances, valid if common.mask is None else valid & common.mask)
+    check.check_distances(distances, counted_voxels(common.target, common.ignore_index, common.mask))
     return band_of(distances, *(reach(threshold) for threshold in thresholds))
 
 
@@ -765,9 +763,7 @@ def _reference_supervised(
     process_group: Any | None,
 ) -> tuple[Tensor, Tensor]:
     ace, kl, dice = _reference_terms(common, process_group)
-    counted = counted_voxels(common.target, common.ignore_index)
-    if common.mask is not None:
-        counted = counted & common.mask
+    counted = counted_voxels(common.target, common.ignore_index, common.mask)
     z = torch.where(counted.unsqueeze(1), common.logits, 0.0)
     (u,) = dirichlet_reference.dirichlet_uncertainty(
         z, evidence=common.formula.evidence, prior=common.formula.prior, measures=("vacuity",)

@@ -498,14 +498,11 @@ class SURELoss(nn.Module):
 
     def _shared(self, labels: Tensor, mask: Tensor | None, generator: torch.Generator | None) -> dict[str, Any]:
         """Arguments of both losses of uncertainty maps."""
-        counted = counted_voxels(labels, self.evidential_options["ignore_index"])
-        if mask is not None:
-            counted = counted & mask
         grouped = self.within_class or self.soft is not None
         return {
             "soft": self.soft,
             "groups": labels if grouped else None,
-            "mask": counted,
+            "mask": counted_voxels(labels, self.evidential_options["ignore_index"], mask),
             "generator": generator,
             "process_group": self.evidential_options["process_group"],
             "compat": self.evidential_options["compat"],

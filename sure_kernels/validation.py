@@ -289,9 +289,7 @@ def check_label_range(target: Tensor, k: int, ignore_index: int, mask: Tensor | 
     low, high = (int(v) for v in torch.aminmax(target))
     if low >= 0 and high < k:
         return
-    wrong = ((target < 0) | (target >= k)) & counted_voxels(target, ignore_index)
-    if mask is not None:
-        wrong = wrong & mask
+    wrong = ((target < 0) | (target >= k)) & counted_voxels(target, ignore_index, mask)
     if bool(wrong.any()):
         found = torch.unique(target[wrong])[:5].tolist()
         raise ValueError(

@@ -21,12 +21,16 @@ BETWEEN, NEAR, BOUNDARY, FAR = 0, 1, 2, 3
 _PIECE = 32 * BLOCK
 
 
-def counted_voxels(target: Tensor, ignore_index: int) -> Tensor:
-    """target != ignore_index, for an index that the target's dtype may not hold (torch would wrap it around)."""
+def counted_voxels(target: Tensor, ignore_index: int, mask: Tensor | None = None) -> Tensor:
+    """Where `target` is not `ignore_index` and the boolean `mask` of its shape, if there is one, is set.
+
+    The target's dtype need not hold the index (torch would wrap it around).
+    """
     limits = torch.iinfo(target.dtype)
-    if limits.min <= ignore_index <= limits.max:
-        return target != ignore_index
-    return torch.ones_like(target, dtype=torch.bool)
+    if not limits.min <= ignore_index <= limits.max:
+        return torch.ones_like(target, dtype=torch.bool) if mask is None else mask
+    counted = target != ignore_index
+    return counted if mask is None else counted & mask
 
 
 # Dtypes that lack most of torch's operations, and the ones with as many bits that have them.

@@ -121,9 +121,7 @@ def _check_range(p: Tensor, labels: Tensor, mask: Tensor | None, ignore_index: i
     low, high = (float(v) for v in torch.aminmax(p))
     if low >= 0 and high <= 1 + _SLACK:
         return
-    counted = counted_voxels(labels, ignore_index)
-    if mask is not None:
-        counted = counted & mask
+    counted = counted_voxels(labels, ignore_index, mask)
     outside = p[((p < 0) | (p > 1 + _SLACK)) & counted.unsqueeze(1)]  # NaN is none of these
     if outside.numel():
         low, high = (float(v) for v in torch.aminmax(outside))

@@ -74,9 +74,7 @@ def evidential_terms(
     """(ACE, KL, Dice loss), unweighted scalars; `target` is (N, *spatial), `mask` boolean or None."""
     k = logits.shape[1]
     z = logits if logits.dtype == torch.float64 else logits.float()
-    valid = counted_voxels(target, ignore_index)
-    if mask is not None:
-        valid = valid & mask
+    valid = counted_voxels(target, ignore_index, mask)
     # Replaced, not multiplied by 0: NaN logits in voxels that do not count must not reach the sums.
     z = torch.where(valid.unsqueeze(1), z, 0.0)
     labels = torch.where(valid, target.long(), 0)

@@ -204,9 +204,7 @@ def _pieces(
         maps: tuple[Tensor, ...] = (p[image, :, voxels].to(working_dtype(p.dtype)), here.long())
         if u is not None:
             maps += (u[image, voxels].to(working_dtype(u.dtype)),)
-        counted = counted_voxels(here, ignore_index)
-        if counted_map is not None:
-            counted = counted & counted_map[image, voxels]
+        counted = counted_voxels(here, ignore_index, None if counted_map is None else counted_map[image, voxels])
         maps = _chosen(counted, *maps)
         undefined = 0
         if bool(maps[0].sum().isnan()):

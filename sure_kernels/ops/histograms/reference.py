@@ -144,9 +144,7 @@ def segmentation_histograms(
     """
     n, k = probability.shape[:2]
     p, label = probability.double().flatten(2), target.long().flatten(1)
-    counted = counted_voxels(target, ignore_index).flatten(1)
-    if mask is not None:
-        counted = counted & mask.flatten(1)
+    counted = counted_voxels(target, ignore_index, mask).flatten(1)
     broken = p.isnan().any(1)
     undefined = (broken & counted).sum(1)
     counted = counted & ~broken

@@ -193,9 +193,7 @@ def _ranked(
     options = (filter_.operator, filter_.spacing, filter_.padding_mode, filter_.channel_reduction, 0.0, backend)
     magnitude = image if filter_.cached else gradient_magnitude_forward(image, *options)
     (u,) = dirichlet_forward(logits, formula.evidence, formula.prior, "vacuity", backend)
-    on = (band == BOUNDARY) & counted_voxels(target, ignore_index)
-    if mask is not None:
-        on = on & mask
+    on = (band == BOUNDARY) & counted_voxels(target, ignore_index, mask)
     groups = target.flatten(1) if supervision.form == WITHIN_CLASS else None
     rows = (u.flatten(1), magnitude.flatten(1), on.flatten(1), groups)
     loss, slope = pairwise_ranking(*rows, supervision.relation, "exact", None, False, backend)
