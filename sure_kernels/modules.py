@@ -6,7 +6,7 @@ class weights and spacings, lists and tensors included, are read when a module i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +38,11 @@ def _settled(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Options(nn.Module):
-    """Keeps keyword arguments, checked ones, for the function it wraps, and shows them."""
+    """Keeps keyword arguments for the function it wraps, which `check` refuses where they are wrong, and shows them."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, check: Callable[..., Any] | None = None, /, **options: Any) -> None:
+        if check is not None:
+            check(**options)
         super().__init__()
         self.options = _settled(options)
 
@@ -60,8 +62,8 @@ class GradientMagnitude(_Options):
         channel_reduction: str = "l2",
         eps: float = 0.0,
     ) -> None:
-        functional.check_filter(operator, spacing, padding_mode, channel_reduction, eps)
         super().__init__(
+            functional.check_filter,
             operator=operator,
             spacing=spacing,
             padding_mode=padding_mode,
@@ -83,8 +85,7 @@ class DirichletUncertainty(_Options):
         prior: Numbers = 1.0,
         measures: tuple[str, ...] = ("probability", "vacuity"),
     ) -> None:
-        functional.check_dirichlet(evidence, prior, measures)
-        super().__init__(evidence=evidence, prior=prior, measures=measures)
+        super().__init__(functional.check_dirichlet, evidence=evidence, prior=prior, measures=measures)
 
     def forward(self, logits: Tensor) -> Any:
         return functional.dirichlet_uncertainty(logits, **self.options)
@@ -113,23 +114,22 @@ class EvidentialLoss(_Options):
         compat: str | None = None,
         return_terms: bool = False,
     ) -> None:
-        options: dict[str, Any] = {
-            "kind": kind,
-            "evidence": evidence,
-            "prior": prior,
-            "ace_weight": ace_weight,
-            "kl_weight": kl_weight,
-            "dice_weight": dice_weight,
-            "dice": dice,
-            "class_weight": class_weight,
-            "include_background": include_background,
-            "ignore_index": ignore_index,
-            "process_group": process_group,
-            "compat": compat,
-            "return_terms": return_terms,
-        }
-        functional.check_evidential(**options)
-        super().__init__(**options)
+        super().__init__(
+            functional.check_evidential,
+            kind=kind,
+            evidence=evidence,
+            prior=prior,
+            ace_weight=ace_weight,
+            kl_weight=kl_weight,
+            dice_weight=dice_weight,
+            dice=dice,
+            class_weight=class_weight,
+            include_background=include_background,
+            ignore_index=ignore_index,
+            process_group=process_group,
+            compat=compat,
+            return_terms=return_terms,
+        )
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Any:
         return functional.evidential_loss(input, target, mask=mask, **self.options)

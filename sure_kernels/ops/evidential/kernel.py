@@ -1251,7 +1251,7 @@ def finalise(sums: Tensor, formula: Formula, weights: Weights) -> Finalised:
         torch.empty(3, dtype=torch.float32, device=device),
         torch.empty((1, number_of_coefficients(formula.k, supervised=False)), dtype=torch.float32, device=device),
     )
-    n, numbers = len(sums), weights[:3]
+    n, numbers = len(sums), (weights.ace, weights.kl, weights.dice)
     launch = _finaliser(n, formula, weights.dice_form, weights.include_background, device)
     with torch.cuda.device_of(sums):
         launch(sums, table(formula, device), *out, numbers=(n, *numbers))
