@@ -14,10 +14,16 @@ GOLDEN_FILTERED = 1e-5
 # float64 closed form against float64 autograd: rounding of two different orders of summation.
 FLOAT64_VALUE = 1e-11
 FLOAT64_GRADIENT = 1e-9
+# Evidence of thousands (exp): ulp of e ln e, of which the reference takes differences.
+FLOAT64_VALUE_LARGE = 1e-10
 # float32 loss, relative, and gradient, as a share of its largest entry: a few ulp (2^-24) through one voxel's chain.
 FLOAT32_VALUE = 1e-6
 FLOAT32_GRADIENT = 2e-6
-# Evidence of several thousand (exp) or logits beyond 30: ulp of the concentration, not of the result.
+# Priors of dozens: ulp of the evidence of all classes, which cancels in the KL term.
+FLOAT32_VALUE_LARGE = 5e-6
+# Gradients of certain voxels are differences of larger numbers: below this share of those one ulp is what counts.
+SMALL_DIFFERENCE = 0.05
+# Evidence of several thousand (exp), logits beyond 30, priors far from 1: ulp of concentrations, not of results.
 FLOAT32_GRADIENT_LARGE = 2e-5
 # Output rounded to bfloat16 (8 bits) or float16 (11 bits), as a share of the largest entry.
 BFLOAT16 = 2**-8

@@ -10,6 +10,10 @@ and arithmetic is what costs: `compiling` marks the few places where the two wan
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,11 +30,11 @@ def compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def plus_product(x: Tensor, a: Number, b: Number) -> Tensor:
+def plus_product(x: Tensor, a: Tensor, b: Number) -> Tensor:
     """x + a b, written over x where nothing is traced."""
-    if compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+    if compiling():
         return x + a * b
-    return x.addcmul_(a, b)
+    return x.addcmul_(a, b) if isinstance(b, Tensor) else x.add_(a, alpha=b)
 
 
 def _horner(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
@@ -118,6 +122,47 @@ def kl_term(x: Tensor, b: Number, below_one: bool) -> Tensor:
     return (0.5 - b) * torch.log(y) + (x - b) * p - q + b
 
 
+class Concentration(NamedTuple):
+    """A prior concentration, or a sum of them, and what `kl_share` needs of it: Python's numbers or 0-d tensors.
+
+    With y the minimax forms' argument for `value`: `inverse` is 1 / y, `offset` the polynomial of lgamma there without
+    its constant, `ratio` what of y is not `value`, over it (needed below 1).
+    """
+
+    value: Number
+    lgamma: Number
+    inverse: Number
+    offset: Number
+    ratio: Number
+
+
+def concentration(value: float, below_one: bool) -> Concentration:
+    shift = minimax.SHIFT + below_one
+    t = 1 / (value + shift)
+    offset = t * functools.reduce(lambda result, c: result * t + c, minimax.Q[:-1])
+    return Concentration(value, math.lgamma(value), t, offset, shift / value)
+
+
+def kl_share(e: Tensor, prior: Concentration, below_one: bool) -> Tensor:
+    """h(b + e, b) + lgamma(b) of h as in `kl_term`: what a concentration adds to a Dirichlet KL divergence.
+
+    The logarithms are taken of ratios to the prior: lgamma of either alone is large beside the result, and more so the
+    larger the prior.
+    """
+    b = prior.value
+    if e.dtype == torch.float64:
+        x = e + b
+        return e * torch.digamma(x) - torch.lgamma(x) + prior.lgamma - e
+    if isinstance(b, float) and b == 1.0 and not below_one:
+        return kl_term(e + b, b, below_one)
+    _, t = _shifted(e + b, below_one)
+    rest = (_horner(minimax.P, t) * e - _horner(minimax.Q[:-1], t)) * t
+    result = plus_product(rest, torch.log1p(e * prior.inverse), 0.5 - b)
+    if below_one:
+        result = result + torch.log1p(e * t * prior.ratio) - e / (e + b)
+    return result + prior.offset
+
+
 def kl_term_slope(x: Tensor, b: Number, below_one: bool) -> Tensor:
     """dh/dx = (x - b) trigamma(x) - 1, small where x is large: x trigamma(x) tends to 1, and the 1 is taken off
     inside the polynomial."""
@@ -128,6 +173,50 @@ def kl_term_slope(x: Tensor, b: Number, below_one: bool) -> Tensor:
     r = r_tail * t + minimax.R[-1]
     result = t * (r_tail - (b + (minimax.SHIFT + below_one)) * r)
     return result + (x - b) / x.square() if below_one else result
+
+
+class SlopeOfSum(NamedTuple):
+    """t trigamma(B + t) of the evidence t beside the sum B of the priors, in the parts that `kl_slope` takes.
+
+    With y and its inverse as in `shifted`: y(B) / y(B + t), t / y(B + t), and what t trigamma(B + t) is beyond that.
+    """
+
+    rest: Tensor
+    lead: Tensor
+    tail: Tensor
+
+
+def _trigamma_tail(t: Tensor) -> Tensor:
+    """trigamma(x) / t - 1 of t = 1 / y."""
+    return _horner(minimax.R[:-1], t) * t
+
+
+def slope_of_sum(t: Tensor, b: Number, below_one: bool) -> SlopeOfSum:
+    x = t + b
+    if t.dtype == torch.float64:
+        nothing = torch.zeros_like(t)
+        return SlopeOfSum(nothing, nothing, t * torch.polygamma(1, x))
+    _, inverse = _shifted(x, below_one)
+    lead = t * inverse
+    tail = lead * _trigamma_tail(inverse)
+    if below_one:
+        tail = tail + t / x.square()
+    return SlopeOfSum((b + (minimax.SHIFT + below_one)) * inverse, lead, tail)
+
+
+def kl_slope(e: Tensor, b: Number, total: SlopeOfSum, below_one: bool) -> Tensor:
+    """e trigamma(b + e) - t trigamma(B + t): the derivative of the KL divergence by a wrong class's concentration.
+
+    Either is nearly 1 where evidence is large beside the priors, and nearly 0 where the priors are: their difference is
+    taken of e / y(b + e) - t / y(B + t) = (e y(B) - t y(b)) / (y(b + e) y(B + t)).
+    """
+    x = e + b
+    if e.dtype == torch.float64:
+        return e * torch.polygamma(1, x) - total.tail
+    _, inverse = _shifted(x, below_one)
+    result = (_trigamma_tail(inverse) + total.rest) * e
+    result = plus_product(result, total.lead, -(b + (minimax.SHIFT + below_one))) * inverse - total.tail
+    return result + e / x.square() if below_one else result
 
 
 def evidence(z: Tensor, kind: str) -> Tensor:

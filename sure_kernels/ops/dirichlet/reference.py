@@ -20,7 +20,8 @@ MEASURES = (
 def activation(logits: Tensor, kind: str = "softplus") -> Tensor:
     """e = act(z) >= 0."""
     if kind == "softplus":
-        return F.softplus(logits)
+        # Beyond torch's own threshold of 20 softplus(z) is z + 2e-9, which float64 tells apart.
+        return F.softplus(logits, threshold=40.0)
     if kind == "relu":
         return F.relu(logits)
     return torch.exp(logits.clamp(-10, 10))

@@ -7,8 +7,8 @@ Between the sweeps nothing of full size is kept but the logits and one small int
 Per voxel with label y, e = act(z), a = e + b, S = sum a, B = sum b, t = sum of e over the wrong classes:
 
     digamma ACE = psi(S) - psi(a_y)                 S - a_y = t + B - b_y, so the logarithms never cancel
-    KL          = sum over wrong k of h(a_k, b_k) + sum lgamma(b) - lgamma(B) - h(t + B, B)
-                  with h(x, c) = (x - c) psi(x) - lgamma(x) - (x - c) and lgamma(b) of the wrong classes only
+    KL          = sum over wrong k of D(a_k, b_k) - D(t + B, B)
+                  with D(x, c) = (x - c) psi(x) - lgamma(x) + lgamma(c) - (x - c)
     vacuity u   = B / S
 
 Sums of an image, in this order: counted voxels, their weights, weighted ACE, weighted KL, then per class
@@ -24,7 +24,6 @@ times more slowly than it multiplies.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,12 +33,15 @@ from torch import Tensor
 from sure_kernels.kernel_lib.chunks import flat, voxel_slices, working_dtype
 from sure_kernels.kernel_lib.labels import BOUNDARY, FAR, code_for, unpack_band, unpack_labels
 from sure_kernels.kernel_lib.special import (
+    Concentration,
     Number,
     compiling,
+    concentration,
     digamma_difference,
     evidence_slope,
-    kl_term,
-    kl_term_slope,
+    kl_share,
+    kl_slope,
+    slope_of_sum,
     trigamma,
 )
 from sure_kernels.kernel_lib.special import evidence as evidence_of
@@ -86,31 +88,20 @@ class Weights(NamedTuple):
 class Constants(NamedTuple):
     """A formula's numbers: Python's own, or 0-d tensors where they must not be part of the compiled code.
 
-    `weight` is None where classes count alike. What follows from the priors stands here for the compiled code too: the
-    properties of `Formula` mean nothing to torch.compile before torch 2.9.
+    `total` belongs to the sum of the priors; `weight` is None where classes count alike. What follows from the priors
+    stands here for the compiled code too: the properties of `Formula` mean nothing to torch.compile before torch 2.9.
     """
 
-    prior: Sequence[Number]
-    lgamma_prior: Sequence[Number]
+    prior: Sequence[Concentration]
+    total: Concentration
     weight: Sequence[Number] | None
-    prior_sum: Number
-    lgamma_prior_sum: Number
     below_one: bool
     uniform: bool
 
 
 def constants_of(formula: Formula) -> Constants:
-    total = sum(formula.prior)
-    lgamma_prior = tuple(math.lgamma(b) for b in formula.prior)
-    return Constants(
-        formula.prior,
-        lgamma_prior,
-        formula.class_weight or None,
-        total,
-        math.lgamma(total),
-        formula.below_one,
-        formula.uniform,
-    )
+    *prior, total = (concentration(b, formula.below_one) for b in (*formula.prior, sum(formula.prior)))
+    return Constants(prior, total, formula.class_weight or None, formula.below_one, formula.uniform)
 
 
 class Piece(NamedTuple):
@@ -165,6 +156,7 @@ class _Voxels:
 
     def __init__(self, piece: Piece, formula: Formula, c: Constants) -> None:
         self.valid = piece.valid
+        self.prior, self.prior_sum = [b.value for b in c.prior], c.total.value
         if piece.all_count:
             self.z = list(piece.z)
         else:
@@ -173,26 +165,26 @@ class _Voxels:
             self.z = [torch.where(counted, z, 0.0) for z in piece.z]
         self.is_y = [_where_equal(piece.label, k, piece.valid.dtype) for k in range(len(c.prior))]
         self.e = [evidence_of(z, formula.evidence) for z in self.z]
-        self.a = [e + b for e, b in zip(self.e, c.prior, strict=True)]
+        self.a = [e + b for e, b in zip(self.e, self.prior, strict=True)]
         self.t = _without(self.e[0], self.is_y[0])
         own = self.is_y[0] * self.e[0]
         for is_y, e in zip(self.is_y[1:], self.e[1:], strict=True):
             self.t += _without(e, is_y)
             own.addcmul_(is_y, e)
         if c.uniform:
-            self.b_y: Number = c.prior[0]
+            self.b_y: Number = self.prior[0]
         else:
             # A voxel without a class gets a prior too: it keeps terms that are not used finite.
             known = sum(self.is_y[1:], self.is_y[0])
-            self.b_y = _chosen(self.is_y, c.prior) + (1 - known) * c.prior_sum
+            self.b_y = _chosen(self.is_y, self.prior) + (1 - known) * self.prior_sum
         self.a_y = own + self.b_y
-        self.gap = self.t + (c.prior_sum - self.b_y)  # S - a_y
+        self.gap = self.t + (self.prior_sum - self.b_y)  # S - a_y
         self.s = self.a_y + self.gap
         self.inverse = self.s.reciprocal()
         self.weight = self.valid if c.weight is None else _chosen(self.is_y, c.weight) * self.valid
-        # The KL term's concentrations: t + B, or what the published program makes of them.
+        # The KL term's evidence: t, or what the published program makes of it.
         self.kl_shift: Number = 1.0 - self.b_y if formula.official else 0.0
-        self.s_kl = self.t + (c.prior_sum + self.kl_shift)
+        self.t_kl = self.t + self.kl_shift
         self.error_factor = float(len(c.prior)) if formula.official else 1.0
 
     def squares(self) -> Tensor:
@@ -211,18 +203,14 @@ class _Voxels:
         return self.error_factor * q_square + (2 * q_y - q_square) / (self.s + 1)
 
     def kl(self, formula: Formula, c: Constants) -> Tensor:
-        result = -kl_term(self.s_kl, c.prior_sum, c.below_one) - c.lgamma_prior_sum
-        for a, is_y, b, lgamma_b in zip(self.a, self.is_y, c.prior, c.lgamma_prior, strict=True):
-            term = kl_term(a, b, c.below_one)
-            result += _without(term if _is_zero(lgamma_b) else term + lgamma_b, is_y)
+        result = -kl_share(self.t_kl, c.total, c.below_one)
+        for e, is_y, b in zip(self.e, self.is_y, c.prior, strict=True):
+            result += _without(kl_share(e, b, c.below_one), is_y)
         if formula.official:
             # (1 - b_y) psi(1) - lgamma(1) + lgamma(b_y), and what is linear in 1 - b_y.
-            result = result + _chosen(self.is_y, c.lgamma_prior) - self.kl_shift * (1.0 + _EULER_GAMMA)
+            own = _chosen(self.is_y, [b.lgamma for b in c.prior])
+            result = result + own - self.kl_shift * (1.0 + _EULER_GAMMA)
         return result
-
-
-def _is_zero(x: Number) -> bool:
-    return isinstance(x, float) and x == 0
 
 
 def _total(x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -247,7 +235,7 @@ def sums_of(piece: Piece, supervised: Supervised | None, formula: Formula, c: Co
     columns += [_total(a, inverse) for a in v.a]
     columns += [_total(is_y) for is_y in v.is_y]
     if supervised is not None:
-        columns += _moments(v.inverse * c.prior_sum, supervised)
+        columns += _moments(v.inverse * v.prior_sum, supervised)
     return columns
 
 
@@ -291,7 +279,7 @@ def gradient_of(
         dp_a.addcmul_(a, c_k)
     da_all = -dp_a * v.inverse.square()
     da_own = dp_own * v.inverse
-    da_wrong = -w_kl * kl_term_slope(v.s_kl, c.prior_sum, below_one)
+    of_sum = slope_of_sum(v.t_kl, v.prior_sum, below_one)
     per_a: Tensor | None = None
     if formula.kind == "digamma":
         da_all = da_all + w_ace * trigamma(v.s, below_one)
@@ -313,15 +301,15 @@ def gradient_of(
 
     if supervised is not None and means is not None:
         c_g, c_u, c_far = row[2 + 2 * k :]
-        u = v.inverse * c.prior_sum
+        u = v.inverse * v.prior_sum
         on, far = (_where_equal(supervised.band, where, u.dtype) for where in (BOUNDARY, FAR))
         g = _finite_off(supervised.magnitude, on)
         du = on * (c_g * (g - means[0]) + c_u * (u - means[1])) + far * c_far
         da_all = da_all - du * u * v.inverse
 
     result = []
-    for z, e, a, b, is_y, c_k in zip(v.z, v.e, v.a, c.prior, v.is_y, c_p, strict=True):
-        wrong = kl_term_slope(a, b, below_one).mul_(w_kl).add_(da_wrong)
+    for z, e, a, b, is_y, c_k in zip(v.z, v.e, v.a, v.prior, v.is_y, c_p, strict=True):
+        wrong = kl_slope(e, b, of_sum, below_one).mul_(w_kl)
         if per_a is not None:
             wrong.addcmul_(per_a, a)
         da = _without(wrong, is_y).addcmul_(is_y, da_own).add_(da_all).addcmul_(v.inverse, c_k)

@@ -16,6 +16,7 @@ from sure_kernels.kernel_lib import blocks
 from sure_kernels.kernel_lib.chunks import BLOCK, flat
 from sure_kernels.kernel_lib.inductor import Kernel, example
 from sure_kernels.kernel_lib.labels import code_for, unpack_labels
+from sure_kernels.kernel_lib.special import Concentration
 from sure_kernels.ops.evidential.closed_form import (
     Constants,
     Formula,
@@ -39,23 +40,20 @@ def _shape_of(formula: Formula) -> Formula:
 
 
 def _table(formula: Formula) -> Tensor:
-    """Priors, their lgamma, class weights, and the first two of the sum of priors."""
+    """Class weights, the numbers of every prior, and those of their sum."""
     c = constants_of(formula)
     weight = c.weight or (1.0,) * formula.k
-    numbers = [*c.prior, *c.lgamma_prior, *weight, c.prior_sum, c.lgamma_prior_sum]
+    numbers = [*weight, *(x for b in (*c.prior, c.total) for x in b)]
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 def _constants(table: Tensor, of: Constants) -> Constants:
     """The constants of `_table`, of a shape whose own are `of`; those of a unit prior are known."""
     k = len(of.prior)
-    weight = None if of.weight is None else table[2 * k : 3 * k].unbind()
-    if of.prior == (1.0,) * k:
-        prior, lgamma_prior, prior_sum, lgamma_prior_sum = of.prior, of.lgamma_prior, of.prior_sum, of.lgamma_prior_sum
-    else:
-        prior, lgamma_prior = table[:k].unbind(), table[k : 2 * k].unbind()
-        prior_sum, lgamma_prior_sum = table[3 * k], table[3 * k + 1]
-    return Constants(prior, lgamma_prior, weight, prior_sum, lgamma_prior_sum, of.below_one, of.uniform)
+    prior, total = of.prior, of.total
+    if any(b.value != 1.0 for b in prior):
+        *prior, total = (Concentration(*row.unbind()) for row in table[k:].view(k + 1, -1))
+    return Constants(prior, total, None if of.weight is None else table[:k].unbind(), of.below_one, of.uniform)
 
 
 def _pieces(
