@@ -27,6 +27,7 @@ _BELOW_TWO_MASK = tl.constexpr(0x3FFFFFFF)
 
 _P = tl.constexpr(minimax.P)
 _Q = tl.constexpr(minimax.Q)
+_Q_TAIL = tl.constexpr(minimax.Q[:-1])
 _R_TAIL = tl.constexpr(minimax.R[:-1])
 _W = tl.constexpr(minimax.W)
 _EXCESS = tl.constexpr(minimax.EXCESS)
@@ -94,7 +95,7 @@ def ln(y):
 
 @triton.jit
 def ln1p(x):
-    """ln(1 + x) for x >= 0; what rounding 1 + x loses is added back."""
+    """ln(1 + x) for x > -1; what rounding 1 + x loses is added back."""
     w = 1.0 + x
     return ln(w) + (x - (w - 1.0)) * reciprocal_fast(w)
 
@@ -212,22 +213,30 @@ def trigamma(x, BELOW_ONE: tl.constexpr):
 
 
 @triton.jit
-def kl_term_without_log(x, b):
-    """kl_term(x, b) - (1/2 - b) ln(x + SHIFT), x >= 1."""
-    t = reciprocal_fast(x + SHIFT)
-    return (x - b) * digamma_polynomial(t) - _horner(t, _Q, _Q_TERMS) + b
+def kl_term(x, b, BELOW_ONE: tl.constexpr):
+    """h(x, b) = (x - b) digamma(x) - lgamma(x) - (x - b): a Dirichlet KL divergence is a sum of these."""
+    y = shifted(x, BELOW_ONE)
+    t = reciprocal_fast(y)
+    p, q = digamma_polynomial(t), _horner(t, _Q, _Q_TERMS)
+    if BELOW_ONE:
+        return (-0.5 - b) * ln(y) + (x - b) * (p - reciprocal(x)) - q + ln(x) + (b + 1.0)
+    else:
+        return (0.5 - b) * ln(y) + (x - b) * p - q + b
 
 
 @triton.jit
-def kl_term(x, b, BELOW_ONE: tl.constexpr):
-    """h(x, b) = (x - b) digamma(x) - lgamma(x) - (x - b): a Dirichlet KL divergence is a sum of these."""
+def kl_share(e, b, p_prior, s_prior, BELOW_ONE: tl.constexpr):
+    """kl_term(b + e, b) + lgamma(b), of which neither is small where b is large: the twin of `special.kl_share`.
+
+    p_prior points to the inverse, the offset and the ratio of `special.concentration`, s_prior apart.
+    """
+    y = shifted(e + b, BELOW_ONE)
+    t = reciprocal(y) if BELOW_ONE else reciprocal_fast(y)
+    result = (0.5 - b) * ln1p(e * tl.load(p_prior)) + tl.load(p_prior + s_prior)
+    result += t * (e * _horner(t, _P, _P_TERMS) - _horner(t, _Q_TAIL, _Q_TERMS - 1))
     if BELOW_ONE:
-        y = x + SHIFT_NEXT
-        t = reciprocal_fast(y)
-        p, q = digamma_polynomial(t), _horner(t, _Q, _Q_TERMS)
-        return (-0.5 - b) * ln(y) + (x - b) * (p - reciprocal(x)) - q + ln(x) + (b + 1.0)
-    else:
-        return (0.5 - b) * ln(x + SHIFT) + kl_term_without_log(x, b)
+        result += ln1p(e * t * tl.load(p_prior + 2 * s_prior)) - e * reciprocal(e + b)
+    return result
 
 
 @triton.jit

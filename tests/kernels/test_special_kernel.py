@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sure_kernels.kernel_lib import device_special as special
+from sure_kernels.kernel_lib.special import concentration
 
 # Error / max(1, |f|): in the interpreter, and on a GPU with its approximate reciprocal square root and exp2.
 TOLERANCE = {"cpu": 1e-6, "cuda": 2e-6}
@@ -99,6 +100,30 @@ def test_small_results_keep_their_digits(name, device):
     expected = exact(name, x)
     error = ((evaluate(name, x.to(device)) - expected) / expected).abs()
     assert float(error.max()) < 1e-5
+
+
+@triton.jit
+def _share(p_e, p_prior, p_out, n, PRIOR: tl.constexpr, BELOW_ONE: tl.constexpr):
+    o = tl.arange(0, 128)
+    e = tl.load(p_e + o, mask=o < n, other=1.0)
+    tl.store(p_out + o, special.kl_share(e, PRIOR, p_prior, 1, BELOW_ONE), mask=o < n)
+
+
+@pytest.mark.parametrize(
+    ("b", "below_one"), [(1e-3, True), (0.3, True), (40.0, True), (2.0, False), (9.0, False), (400.0, False)]
+)
+def test_kl_keeps_its_digits_whatever_the_prior(b, below_one, device):
+    e = torch.cat((torch.zeros(1), torch.logspace(-4, 4, 120)))
+    numbers = torch.tensor(concentration(b, below_one)[2:], device=device)
+    out = torch.full_like(e, float("nan"), device=device)
+    _share[(1,)](e.to(device), numbers, out, len(e), PRIOR=b, BELOW_ONE=below_one)
+    x = mpmath.mpf(b)
+    expected = torch.tensor(
+        [float(v * mpmath.psi(0, x + v) - mpmath.loggamma(x + v) + mpmath.loggamma(x) - v) for v in e.tolist()],
+        dtype=torch.float64,
+    )
+    error = (out.cpu().double() - expected).abs() / expected.abs().clamp_min(1)
+    assert float(error.max()) <= TOLERANCE[device]
 
 
 @pytest.mark.parametrize("kind", ["softplus", "relu", "exp"])

@@ -4,7 +4,7 @@ Per voxel with label y, e = act(z), a = e + b, S = sum a, B = sum b, t = sum of 
 
     digamma ACE = psi(S) - psi(a_y),  log ACE = ln S - ln a_y,
     mse ACE     = F sum q^2 + sum q (1 - q) / (S + 1)        q = 1 - p_y for the true class, p_k elsewhere
-    KL          = sum over wrong k of (h(a_k, b_k) + lgamma(b_k)) - h(t + B, B) - lgamma(B)
+    KL          = sum over wrong k of D(a_k, b_k) - D(t + B, B)
     vacuity u   = B / S
 
 (Sensoy, Kaplan, Kandemir, NeurIPS 2018; Li, Sui, Wu, Zhuang, MICCAI 2025). The sums and coefficients are those of
@@ -57,7 +57,7 @@ from sure_kernels.kernel_lib.launch import (
     planned,
     warps_on,
 )
-from sure_kernels.kernel_lib.special import EVIDENCE
+from sure_kernels.kernel_lib.special import EVIDENCE, concentration
 from sure_kernels.kernel_lib.taps import CHANNEL_REDUCTIONS, OPERATORS, PADDING_MODES
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_coefficients, number_of_sums
 from sure_kernels.ops.evidential.reference import SMOOTH_TARGET, SOFT_DICE_EPS, TVERSKY_EPS
@@ -147,12 +147,17 @@ def _cross_entropy(
 
 
 @triton.jit
-def _kl_of_sum(t, b_y, lgamma_b_y, prior_sum, official, BELOW_ONE: tl.constexpr):
+def _kl_of_sum(t, b_y, b_label, prior_sum, p_table, official, K, BELOW_ONE: tl.constexpr):
     """What KL has besides the wrong classes' own terms; `official` puts 1 in place of the true class's prior."""
     excess = official * (1.0 - b_y)
     # (1 - b_y) psi(1) - lgamma(1) + lgamma(b_y), and what is linear in 1 - b_y.
-    own = official * lgamma_b_y - excess * (1.0 + _EULER_GAMMA)
-    return own - special.kl_term(t + (prior_sum + excess), prior_sum, BELOW_ONE)
+    own = official * _own(p_table + K, b_label, K) - excess * (1.0 + _EULER_GAMMA)
+    return own - _share_of_sum(t + excess, prior_sum, p_table, K, BELOW_ONE)
+
+
+@triton.jit
+def _share_of_sum(t, prior_sum, p_table, K, BELOW_ONE: tl.constexpr):
+    return special.kl_share(t, prior_sum, p_table + 6 * K, 1, BELOW_ONE)
 
 
 @triton.jit
@@ -397,7 +402,7 @@ def sums_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_partial,
     voxels, plane, depth, march, channels, D, H, W,
     s_image, s_class, s_voxel,
-    ignore_index, prior_sum, lgamma_prior_sum, error_factor, official, scale_d, scale_h, scale_w,
+    ignore_index, prior_sum, error_factor, official, scale_d, scale_h, scale_w,
     K: tl.constexpr, KIND: tl.constexpr, EVIDENCE: tl.constexpr, UNIT_PRIOR: tl.constexpr, BELOW_ONE: tl.constexpr,
     WEIGHTED: tl.constexpr, HAS_MASK: tl.constexpr, GRADIENT: tl.constexpr, DIMS: tl.constexpr,
     CENTRE: tl.constexpr, PADDING: tl.constexpr, REDUCTION: tl.constexpr,
@@ -405,8 +410,8 @@ def sums_kernel(
 ):  # fmt: skip
     """One row of partial sums a program: p_partial is (N, number_of_sums, programs) float64.
 
-    p_table holds prior, lgamma(prior) and class weights, (3, K) float32; it is read unless UNIT_PRIOR and not
-    WEIGHTED. `official` is 1.0 where the true class's prior counts as 1 in KL.
+    p_table is a `table`; it is read unless UNIT_PRIOR and not WEIGHTED. `official` is 1.0 where the true class's prior
+    counts as 1 in KL.
     """
     i_program = tl.program_id(0)
     i_image = tl.program_id(1).to(tl.int64)
@@ -439,7 +444,7 @@ def sums_kernel(
             prior += (1.0,)
         else:
             prior += (tl.load(p_table + c),)
-    kl_start = zero - lgamma_prior_sum
+    kl_start = zero
     if UNIT_PRIOR:
         # 1.0, read for `split_exponent`.
         one_read = tl.load(p_table)
@@ -501,8 +506,7 @@ def sums_kernel(
                     else:
                         kl -= 0.5 * special.ln(factor)
             else:
-                kl_term = special.kl_term(e + prior[c], prior[c], BELOW_ONE) + tl.load(p_table + K + c)
-                kl = tl.where(is_y, kl, kl + kl_term)
+                kl = tl.where(is_y, kl, kl + special.kl_share(e, prior[c], p_table + 3 * K + c, K, BELOW_ONE))
 
         # 2. The sums of concentrations.
         b_y = one
@@ -536,9 +540,9 @@ def sums_kernel(
                 m_ratio, k = special.split_exponent(m_ratio, one_bits)
                 k_ratio += k
         elif UNIT_PRIOR:
-            kl -= special.kl_term(t + prior_sum, prior_sum, BELOW_ONE)
+            kl -= _share_of_sum(t, prior_sum, p_table, K, BELOW_ONE)
         else:
-            kl += _kl_of_sum(t, b_y, _own(p_table + K, b_label, K), prior_sum, official, BELOW_ONE)
+            kl += _kl_of_sum(t, b_y, b_label, prior_sum, p_table, official, K, BELOW_ONE)
 
         # 5. Running sums.
         count = tl.where(counted, 1.0, 0.0)
@@ -631,7 +635,7 @@ def many_sums_kernel(
     p_z, p_label, p_mask, p_band, p_image, p_table, p_partial,
     voxels, K,
     s_image, s_class, s_voxel,
-    ignore_index, prior_sum, lgamma_prior_sum, error_factor, official,
+    ignore_index, prior_sum, error_factor, official,
     KIND: tl.constexpr, EVIDENCE: tl.constexpr, BELOW_ONE: tl.constexpr, HAS_MASK: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -648,7 +652,7 @@ def many_sums_kernel(
     b_label = tl.where(counted, b_label, _NO_CLASS)
 
     e_y = tl.zeros([BLOCK], tl.float32)
-    t, squares, kl = e_y, e_y, e_y - lgamma_prior_sum
+    t, squares, kl = e_y, e_y, e_y
     for c in range(0, K):
         e = special.evidence(_load_logit(p_z + c * s_class, o_voxel * s_voxel, m, counted, 0.0, False), EVIDENCE)
         is_y = b_label == c
@@ -657,14 +661,14 @@ def many_sums_kernel(
         e_y = tl.where(is_y, e, e_y)
         t = tl.where(is_y, t, t + e)
         squares = tl.where(is_y, squares, squares + a * a)
-        kl = tl.where(is_y, kl, kl + special.kl_term(a, b, BELOW_ONE) + tl.load(p_table + K + c))
+        kl = tl.where(is_y, kl, kl + special.kl_share(e, b, p_table + 3 * K + c, K, BELOW_ONE))
     b_y = _own(p_table, b_label, K)
     a_y = e_y + b_y
     gap = t + (prior_sum - b_y)
     total = a_y + gap
     inverse = special.reciprocal(total)
     ace = _cross_entropy(a_y, gap, total, inverse, squares, error_factor, KIND, BELOW_ONE)
-    kl += _kl_of_sum(t, b_y, _own(p_table + K, b_label, K), prior_sum, official, BELOW_ONE)
+    kl += _kl_of_sum(t, b_y, b_label, prior_sum, p_table, official, K, BELOW_ONE)
     weight = tl.where(counted, _weight(p_table, b_label, K), 0.0)
 
     columns = 4 + 3 * K
@@ -1064,9 +1068,14 @@ def block_size(k: int, gradient: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def table(formula: Formula, device: torch.device) -> Tensor:
-    """Prior, lgamma(prior) and class weights, (3, K) float32, kept on the device from call to call."""
-    rows = (formula.prior, [math.lgamma(b) for b in formula.prior], formula.class_weight or [1.0] * formula.k)
-    return torch.tensor(rows, dtype=torch.float32, device=device)
+    """Prior, lgamma(prior), class weights, then what `kl_share` reads of the priors and of their sum; float32.
+
+    (6, K) and three more, flat; kept on the device from call to call.
+    """
+    *prior, total = (concentration(b, formula.below_one) for b in (*formula.prior, math.fsum(formula.prior)))
+    value, lgamma, *shares = zip(*prior, strict=True)
+    rows = (value, lgamma, formula.class_weight or [1.0] * formula.k, *shares, total[2:])
+    return torch.tensor([x for row in rows for x in row], dtype=torch.float32, device=device)
 
 
 def _inputs(
@@ -1108,8 +1117,7 @@ def _launch(
     voxels = math.prod(spatial)
     gradient = CACHED if supervised else NO_GRADIENT
     prior_sum = math.fsum(formula.prior)
-    scalars = (ignore_index, prior_sum, *(() if backward else (math.lgamma(prior_sum),)))
-    scalars += (float(k if formula.official else 1), float(formula.official))
+    scalars = (ignore_index, prior_sum, float(k if formula.official else 1), float(formula.official))
     options: dict[str, Any] = {
         "KIND": formula.kind,
         "EVIDENCE": formula.evidence,
@@ -1289,7 +1297,7 @@ def compile_cases() -> list[KernelCases]:
         types |= {name: "int" for name in kernel.arg_names if name.startswith("s_")}
         types |= dict.fromkeys(("K", "plane", "depth", "march", "channels", "D", "H", "W"), "i32")
         types |= dict.fromkeys(("voxels", "ignore_index"), "int")
-        floats = ("prior_sum", "lgamma_prior_sum", "error_factor", "official", "scale_d", "scale_h", "scale_w")
+        floats = ("prior_sum", "error_factor", "official", "scale_d", "scale_h", "scale_w")
         types |= dict.fromkeys(floats, "fp32")
         gradient = modes.get(f["gradient"], FILTERED)
         constants = {
