@@ -261,15 +261,16 @@ def _lanes(start, plane, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _next_plane(o_first, z, depth, plane, GRADIENT: tl.constexpr, PADDING: tl.constexpr):
-    """From where plane z begins to the next: where GRADIENT filters, the plane of the image that stands for z + 1.
+def _step(z, depth, plane, GRADIENT: tl.constexpr, PADDING: tl.constexpr):
+    """How far it is from plane z to the next: where GRADIENT filters, to the image's that stands for z + 1.
 
-    It is then no multiple of z to the compiler, which otherwise moves a pointer for each tensor and class along.
+    Where planes begin is then no multiple of z to the compiler, which otherwise moves a pointer for each tensor and
+    class along.
     """
-    o_next = o_first + plane
     if GRADIENT >= 2:
-        o_next = o_first + taps.plane_step(z, depth, plane, PADDING)
-    return o_next
+        return taps.plane_step(z, depth, plane, PADDING)
+    else:
+        return plane
 
 
 @triton.jit
@@ -465,9 +466,9 @@ def sums_kernel(
     p_march, ahead = p_image + o_first, 0
 
     for z in range(z_first, z_end):
-        o_next = _next_plane(o_first, z, depth, plane, GRADIENT, PADDING)
+        step = _step(z, depth, plane, GRADIENT, PADDING)
         if GRADIENT == 2:
-            ahead += taps.plane_step(z, depth, tl.cast(plane, tl.int32), PADDING)
+            ahead += tl.cast(step, tl.int32)
         o_voxel = o_first + o_plane
         m = m_plane
         if not WHOLE:
@@ -581,7 +582,7 @@ def sums_kernel(
                     DIMS, CENTRE, PADDING, REDUCTION,
                 )  # fmt: skip
             moments = _add_moments(moments, b_band, counted, inverse, g)
-        o_first = o_next
+        o_first += step
 
     ace, kl = acc_ace, acc_kl
     if DEFERRED:
@@ -877,9 +878,9 @@ def gradient_kernel(
     p_march, ahead = p_image + o_first, 0
 
     for z in range(z_first, z_end):
-        o_next = _next_plane(o_first, z, depth, plane, GRADIENT, PADDING)
+        step = _step(z, depth, plane, GRADIENT, PADDING)
         if GRADIENT == 2:
-            ahead += taps.plane_step(z, depth, tl.cast(plane, tl.int32), PADDING)
+            ahead += tl.cast(step, tl.int32)
         o_voxel = o_first + o_plane
         m = m_plane
         if not WHOLE:
@@ -962,7 +963,7 @@ def gradient_kernel(
             da = _class_da(class_slopes[c], is_y, da_own, da_rest, w_ace, w_kl, KIND) + c_p[c] * inverse
             dz = slopes[c] * da
             tl.store(p_dz + c * s_dz_class + o_voxel * s_dz_voxel, dz.to(p_dz.dtype.element_ty), mask=m)
-        o_first = o_next
+        o_first += step
 
 
 @triton.jit(do_not_specialize=["K", "ignore_index"])
