@@ -128,3 +128,15 @@ def test_flat_images_have_zero_gradient():
     for reduction in CHANNEL_REDUCTIONS:
         (gradient,) = torch.autograd.grad(sk.gradient_magnitude(image, channel_reduction=reduction).sum(), image)
         assert bool((gradient == 0).all())
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=IDS)
+@pytest.mark.parametrize("reduction", CHANNEL_REDUCTIONS)
+def test_nan_spreads_to_its_neighbours(namespace, reduction):
+    image = torch.rand((1, 2, 5, 5, 5))
+    image[0, 1, 2, 2, 2] = math.nan
+    got = namespace.gradient_magnitude(image, channel_reduction=reduction).isnan()[0, 0]
+    expected = torch.zeros((5, 5, 5), dtype=torch.bool)
+    expected[1:4, 1:4, 1:4] = True
+    expected[2, 2, 2] = False  # differences along an axis do not read their centre
+    assert torch.equal(got, expected)

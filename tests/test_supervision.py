@@ -361,6 +361,19 @@ def test_modules_are_the_functions():
     assert "good_model_step=30" in repr(sk.SURELoss())
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", "compiled"])
+@pytest.mark.parametrize("source", ["image", "gradient"])
+@pytest.mark.parametrize("supervision", ["covariance", "correlation", "exact"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_magnitudes_on_the_boundary_are_named(backend, source, supervision, bad):
+    logits, given = torch.randn((1, 3, 4, 5, 6)), torch.rand((1, 1, 4, 5, 6))
+    target = (torch.arange(4) > 1).long().view(1, 4, 1, 1).expand(1, 4, 5, 6)
+    given[0, 0, 1, 2, 3] = bad
+    kwargs = {"image": None, source: given, "supervision": supervision}
+    with sk.backend(backend), pytest.raises(ValueError, match=f"{source}: expected finite values"):
+        sk.supervised_evidential_loss(logits, target, **kwargs)
+
+
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 @pytest.mark.parametrize("source", ["image", "gradient"])
 @pytest.mark.parametrize("supervision", ["covariance", "correlation"])

@@ -62,5 +62,5 @@ def gradient_magnitude(
 
 def _safe_sqrt(squares: Tensor) -> Tensor:
     """sqrt whose gradient at 0 is 0 instead of infinite."""
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    some = squares != 0
+    return torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)

@@ -58,6 +58,8 @@ def supervision_terms(
         per_image = covariance_supervision(u, g, on, relation=relation, form=supervision, margin=margin)
         images = all_reduced(torch.tensor(float(len(u)), dtype=u.dtype, device=u.device), process_group)
         c = global_sum(per_image.sum(), process_group) / images
+    # Comparisons drop a NaN: it stays one.
+    c = c + 0.0 * g[on].detach().sum()
     far = (band == FAR) & counted
     total = global_sum(torch.where(far, u, 0.0).sum(), process_group)
     return c, total / all_reduced(far.sum().to(u.dtype), process_group).clamp_min(1)
