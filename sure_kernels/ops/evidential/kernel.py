@@ -16,16 +16,8 @@ Otherwise a "plane" is simply BLOCK voxels of the flat image. Partial sums are f
 between programs, added in a fixed order; the partition depends on the shape alone, so results repeat to the bit.
 
 With a unit prior and no class weights the logarithms are deferred: a lane keeps mantissa products and exponent sums
-of its voxels and takes three logarithms at the end. Instructions of the main loop a voxel, and registers a thread,
-for K = 4, bfloat16, labels of 8 bits (of 64: up to 6 instructions more), `digamma`, unit prior, compiled for sm_90 by
-Triton 3.7; no spills:
-
-                                  forward        backward
-    without supervision           211,  96       237,  48
-    magnitude read                239, 127       263,  63
-    filtered on the march         285,  94       314,  72
-
-Before and after its march a program takes another 950 forward and 344 backward where it filters, 610 and 153 where not.
+of its voxels and takes three logarithms at the end. Instructions bind the sweeps: `python -m benchmarks instructions`
+counts those of the main loops without a GPU, docs/performance.md has its table.
 
 Logits may have any even spacing of voxels (others are copied first); channels-last ones are read with a stride.
 """
