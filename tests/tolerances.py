@@ -21,7 +21,7 @@ FLOAT32_VALUE = 1e-6
 FLOAT32_GRADIENT = 2e-6
 # Priors of dozens: ulp of the evidence of all classes, which cancels in the KL term.
 FLOAT32_VALUE_LARGE = 5e-6
-# Gradients of certain voxels are differences of larger numbers: below this share of those one ulp is what counts.
+# Measures and gradients of certain voxels are differences of larger numbers: below this share of those ulp count.
 SMALL_DIFFERENCE = 0.05
 # Evidence of several thousand (exp), logits beyond 30, priors far from 1: ulp of concentrations, not of results.
 FLOAT32_GRADIENT_LARGE = 2e-5

@@ -36,12 +36,15 @@ def upstream_like(x: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     return laid_out(g, "transposed") if kind == "transposed" else g
 
 
-def largest_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest expected entry; infinite where something is not finite."""
+def largest_error(got: Tensor, expected: Tensor, least: float = 1e-30) -> float:
+    """Largest difference as a share of the largest expected entry, or of `least` where that is larger.
+
+    Infinite where something is not finite.
+    """
     difference = (got.detach().double().cpu() - expected.detach().double().cpu()).abs()
     if not bool(torch.isfinite(difference).all()):
         return float("inf")
-    return float(difference.max()) / max(float(expected.detach().abs().max()), 1e-30)
+    return float(difference.max()) / max(float(expected.detach().abs().max()), least)
 
 
 def with_gradient(function: Callable[[Tensor], Sequence[Tensor]], x: Tensor, kind: str) -> tuple[list[Tensor], Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import HALF_TOLERANCE, LAYOUTS, UPSTREAM, far_apart, laid_out, largest_error, with_gradient
-from tolerances import FLOAT32_GRADIENT, FLOAT32_GRADIENT_LARGE, FLOAT32_VALUE
+from tolerances import FLOAT32_GRADIENT, FLOAT32_GRADIENT_LARGE, FLOAT32_VALUE, SMALL_DIFFERENCE
 
 import sure_kernels as sk
 from sure_kernels.kernel_lib.special import EVIDENCE
@@ -31,9 +31,12 @@ def compare(x, kind="dense", tolerance=FLOAT32_GRADIENT, value_tolerance=FLOAT32
     for name, a, b in zip(options["measures"], got, expected, strict=True):
         assert a.dtype == torch.float32
         assert a.shape == b.shape
-        assert largest_error(a, b) <= value_tolerance, name
+        # The differential entropy has either sign: it may be 0 where its parts are about 1.
+        least = 1.0 if name == "differential_entropy" else SMALL_DIFFERENCE
+        assert largest_error(a, b, least) <= value_tolerance, name
     assert gradient.dtype == x.dtype
-    assert largest_error(gradient, expected_gradient) <= tolerance
+    # The same upstream gradient for all probabilities is none of the logits': what comes out is rounding.
+    assert largest_error(gradient, expected_gradient, least=SMALL_DIFFERENCE) <= tolerance
 
 
 @pytest.fixture(params=["unrolled", "wide"])

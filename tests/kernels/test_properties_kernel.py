@@ -75,13 +75,18 @@ def test_dirichlet_uncertainty(data):
     shape = (data.draw(st.integers(1, 2)), k, *data.draw(sizes({2: 7, 3: 4})))
     x = dirichlet.logits(shape, DEVICE, data.draw(st.sampled_from([0.1, 3.0, 12.0])), data.draw(st.integers(0, 2**31)))
     dtype = data.draw(st.sampled_from(DTYPES))
+    layout, upstream = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from(UPSTREAM))
+    evidence = data.draw(st.sampled_from(EVIDENCE))
+    prior = data.draw(st.one_of(st.just(1.0), POSITIVE, st.tuples(*(POSITIVE,) * k)))
+    # Numbers as large as 1 / prior meet in the measures.
+    small = min(prior if isinstance(prior, tuple) else (prior,)) < 0.01
     dirichlet.compare(
-        laid_out(x.to(dtype), data.draw(st.sampled_from(LAYOUTS))),
-        data.draw(st.sampled_from(UPSTREAM)),
+        laid_out(x.to(dtype), layout),
+        upstream,
         tolerance=HALF_TOLERANCE.get(dtype, FLOAT32_GRADIENT_LARGE),
-        value_tolerance=FLOAT32_MAPS,
-        evidence=data.draw(st.sampled_from(EVIDENCE)),
-        prior=data.draw(st.one_of(st.just(1.0), POSITIVE, st.tuples(*(POSITIVE,) * k))),
+        value_tolerance=(2 if small else 1) * FLOAT32_MAPS,
+        evidence=evidence,
+        prior=prior,
         measures=measures,
     )
 
