@@ -27,7 +27,7 @@ from tolerances import (
 import sure_kernels as sk
 from sure_kernels.functional import DICE_FORMS, KINDS, RELATIONS
 from sure_kernels.kernel_lib import special
-from sure_kernels.kernel_lib.labels import BOUNDARY
+from sure_kernels.kernel_lib.labels import BOUNDARY, counted_voxels
 from sure_kernels.ops.dirichlet.reference import MEASURES
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "expanded", "strided")
@@ -116,9 +116,8 @@ def undecided(logits, target, options):
     (u,) = sk.reference.dirichlet_uncertainty(
         logits, evidence=options["evidence"], prior=options["prior"], measures=("vacuity",)
     )
-    on = (sk.boundary_band(target, boundary=1.0) == BOUNDARY).view_as(u) & (target != -100).view_as(u)
-    if options["mask"] is not None:
-        on = on & options["mask"].view_as(u)
+    on = (sk.boundary_band(target, boundary=1.0) == BOUNDARY).view_as(u)
+    on = on & counted_voxels(target, -100, options["mask"]).view_as(u)
     chosen = [values[where] for values, where in zip(u, on, strict=True) if bool(where.any())]
     return any(float(values.max() - values.min()) < 1e-9 for values in chosen)
 

@@ -36,7 +36,7 @@ class nnUNetTrainerSURE(nnUNetTrainer):
             num_epochs=self.num_epochs,
             good_model_step=0.3 * self.num_epochs,
             annealing_steps=0.2 * self.num_epochs,
-            gradient_weight=50.0,  # `sure train` explains both
+            gradient_weight=50.0,  # as "covariance, 50" in docs/supervision.md
             far_weight=10.0,
             include_background=False,
             ignore_index=-100 if ignored is None else ignored,

@@ -55,9 +55,14 @@ def _scalar(value: float, like: Tensor) -> Tensor:
 _SCALARS: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
 
+def _shift(below_one: bool) -> float:
+    """y - x of the minimax forms' y = x' + SHIFT, where x' is x, or x + 1 after the recurrence step."""
+    return minimax.SHIFT + below_one
+
+
 def _shifted(x: Tensor, below_one: bool) -> tuple[Tensor, Tensor]:
-    """y = x' + SHIFT and t = 1 / y for x' = x, or x + 1 after the recurrence step."""
-    y = x + (minimax.SHIFT + below_one)
+    """y of the minimax forms, and 1 / y."""
+    y = x + _shift(below_one)
     return y, y.reciprocal()
 
 
@@ -137,7 +142,7 @@ class Concentration(NamedTuple):
 
 
 def concentration(value: float, below_one: bool) -> Concentration:
-    shift = minimax.SHIFT + below_one
+    shift = _shift(below_one)
     t = 1 / (value + shift)
     offset = t * functools.reduce(lambda result, c: result * t + c, minimax.Q[:-1])
     return Concentration(value, math.lgamma(value), t, offset, shift / value)
@@ -155,7 +160,7 @@ def kl_share(e: Tensor, prior: Concentration, below_one: bool) -> Tensor:
         return e * torch.digamma(x) - torch.lgamma(x) + prior.lgamma - e
     if isinstance(b, float) and b == 1.0 and not below_one:
         return kl_term(e + b, b, below_one)
-    _, t = _shifted(e + b, below_one)
+    t = (e + (b + _shift(below_one))).reciprocal()
     rest = (_horner(minimax.P, t) * e - _horner(minimax.Q[:-1], t)) * t
     result = plus_product(rest, torch.log1p(e * prior.inverse), 0.5 - b)
     if below_one:
@@ -171,7 +176,7 @@ def kl_term_slope(x: Tensor, b: Number, below_one: bool) -> Tensor:
     _, t = _shifted(x, below_one)
     r_tail = _horner(minimax.R[:-1], t)
     r = r_tail * t + minimax.R[-1]
-    result = t * (r_tail - (b + (minimax.SHIFT + below_one)) * r)
+    result = t * (r_tail - (b + _shift(below_one)) * r)
     return result + (x - b) / x.square() if below_one else result
 
 
@@ -192,16 +197,16 @@ def _trigamma_tail(t: Tensor) -> Tensor:
 
 
 def slope_of_sum(t: Tensor, b: Number, below_one: bool) -> SlopeOfSum:
-    x = t + b
     if t.dtype == torch.float64:
         nothing = torch.zeros_like(t)
-        return SlopeOfSum(nothing, nothing, t * torch.polygamma(1, x))
-    _, inverse = _shifted(x, below_one)
+        return SlopeOfSum(nothing, nothing, t * torch.polygamma(1, t + b))
+    y = b + _shift(below_one)
+    inverse = (t + y).reciprocal()
     lead = t * inverse
     tail = lead * _trigamma_tail(inverse)
     if below_one:
-        tail = tail + t / x.square()
-    return SlopeOfSum((b + (minimax.SHIFT + below_one)) * inverse, lead, tail)
+        tail = tail + t / (t + b).square()
+    return SlopeOfSum(y * inverse, lead, tail)
 
 
 def kl_slope(e: Tensor, b: Number, total: SlopeOfSum, below_one: bool) -> Tensor:
@@ -210,13 +215,13 @@ def kl_slope(e: Tensor, b: Number, total: SlopeOfSum, below_one: bool) -> Tensor
     Either is nearly 1 where evidence is large beside the priors, and nearly 0 where the priors are: their difference is
     taken of e / y(b + e) - t / y(B + t) = (e y(B) - t y(b)) / (y(b + e) y(B + t)).
     """
-    x = e + b
     if e.dtype == torch.float64:
-        return e * torch.polygamma(1, x) - total.tail
-    _, inverse = _shifted(x, below_one)
+        return e * torch.polygamma(1, e + b) - total.tail
+    y = b + _shift(below_one)
+    inverse = (e + y).reciprocal()
     result = (_trigamma_tail(inverse) + total.rest) * e
-    result = plus_product(result, total.lead, -(b + (minimax.SHIFT + below_one))) * inverse - total.tail
-    return result + e / x.square() if below_one else result
+    result = plus_product(result, total.lead, -y) * inverse - total.tail
+    return result + e / (e + b).square() if below_one else result
 
 
 def evidence(z: Tensor, kind: str) -> Tensor:
