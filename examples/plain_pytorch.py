@@ -9,7 +9,15 @@ image = torch.randn(2, 1, 16, 16, 16)  # (N, M, *spatial)
 target = (image[:, 0] > 0.5).long() + (image[:, 0] > 1).long()  # labels (N, *spatial)
 
 network = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(8, 3, 1))
-loss = sk.SURELoss(num_epochs=10, good_model_step=3, annealing_steps=2)
+loss = sk.SURELoss(
+    num_epochs=10,
+    good_model_step=3,
+    annealing_steps=2,
+    supervision="correlation",  # the form of `sure train`, docs/supervision.md
+    margin=0.3,
+    gradient_weight=3,
+    far_weight=20,
+)
 optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
 for epoch in range(10):
     loss.set_epoch(epoch)

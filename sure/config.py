@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -180,8 +181,8 @@ def _problems(c: TrainConfig) -> typing.Iterator[str]:
     for name in ("annealing_steps", "good_model_step", "validate_every", "seed"):
         if (getattr(c, name) or 0) < 0:
             yield f"{name}: expected 0 or more, got {getattr(c, name)}"
-    if c.loss == "sure" and c.supervised_from >= c.epochs:
-        yield f"good_model_step: expected less than epochs ({c.epochs}), got {c.good_model_step}"
+    if c.loss == "sure" and c.epochs >= 1 and c.supervised_from >= c.epochs:
+        yield f"good_model_step: expected less than epochs, {c.epochs}, got {c.good_model_step} (none for 30 % of them)"
     if c.within_class and c.ranking != "exact":
         yield f"within_class: expected ranking exact with it, got {c.ranking}"
     if c.margin is not None and (c.margin > 1 or c.ranking != "correlation"):
@@ -254,7 +255,7 @@ def load_preset(name: str) -> TrainConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its standard has it: PyYAML would take the last of equal keys and drop the others."""
+    """YAML as its standard has it: PyYAML would take the last of equal keys and drop the others, and 4e-3 for text."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -266,8 +267,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
-    """Read a YAML file of TrainConfig fields; fields left out are those of `base`, or the defaults."""
+    """Read a YAML file of TrainConfig fields; fields left out are those of `base`, or the defaults.
+
+    `-` in keys is taken for `_`, as the command line has them.
+    """
     try:
         # A safe loader: it builds plain values alone.
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -279,17 +290,24 @@ def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-    return from_dict({**({} if base is None else to_dict(base)), **values}, source=str(path))
+    spelt = {key.replace("-", "_") if isinstance(key, str) else key: key for key in values}
+    if len(spelt) < len(values):
+        twice = sorted(str(key) for key in set(values) - set(spelt.values()))
+        raise UserError(f"{path}: {', '.join(twice)} is set twice, once with - and once with _")
+    named = {name: values[key] for name, key in spelt.items()}
+    return from_dict({**({} if base is None else to_dict(base)), **named}, source=str(path))
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
+        if type(None) in args and value in (None, "none", "None"):  # YAML's own is null
             return None
         (inner,) = (a for a in args if a is not type(None))
         return _coerce(value, inner, where)
     if origin is Literal:
+        if value is False and "off" in args:  # what YAML makes of a bare off
+            return "off"
         if value not in args:
             raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
         return value

@@ -422,7 +422,8 @@ def boundary_distance(
 
     Args:
         target: index map, never one-hot: (N, *spatial), or (N, 1, *spatial) where `spatial_dims` or the length of
-            `spacing` says so. Any integer dtype, or boolean. Labels below 1 are background.
+            `spacing` says so; (N, 1, H, W) by itself is a volume one slice deep. Any integer dtype, or boolean. Labels
+            below 1 are background.
         max_distance: exact up to here, +inf beyond (values within 1e-5 relative may fall on either side). A few
             voxels, as the losses need, are found several times as fast as the whole map.
         spacing: voxel spacing in array-axis order; 1 where None. Distances are in its unit.
@@ -452,7 +453,7 @@ def _check_index_map(
     """Labels (N, *spatial) and the spacing of their axes."""
     labels = check.plain_tensor(target, "target")
     if labels.dtype not in (*check.INT_DTYPES, torch.bool):
-        raise TypeError(f"target: expected an integer index map, got {labels.dtype}")
+        raise TypeError(f"target: expected an integer index map, got {labels.dtype}; target.long() has it")
     if spatial_dims is not None and check.check_int(spatial_dims, "spatial_dims") not in (2, 3):
         raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
     ndim = spatial_dims
@@ -464,7 +465,10 @@ def _check_index_map(
     if ndim is None:
         ndim = labels.ndim - 1
     if ndim not in (2, 3):
-        raise ValueError(f"target: expected 2 or 3 spatial axes, got {ndim} in shape {check.shape_of(labels)}")
+        channel = "; with a channel axis also spatial_dims=3" if labels.ndim == 5 and labels.shape[1] == 1 else ""
+        raise ValueError(
+            f"target: expected shape (N, *spatial) with 2 or 3 spatial axes{channel}, got {check.shape_of(labels)}"
+        )
     if labels.ndim == ndim + 2 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
     if labels.ndim != ndim + 1 or 0 in labels.shape:
@@ -728,15 +732,51 @@ def _check_supervised(
     source, filter_ = _gradient_source(image, gradient, z, operator, spacing, padding_mode, channel_reduction)
     thresholds = check_thresholds(boundary, near, far)
     if band is not None:
-        band = check.check_voxel_map(band, "band", z.shape[0], z.shape[2:], z)
-        if band.dtype != torch.uint8:
-            raise TypeError(f"band: expected uint8 as boundary_band returns, got {band.dtype}")
-        if check.values_checked(band) and int(band.max()) > FAR:
-            raise ValueError(f"band: expected values 0 to {FAR}, got {int(band.max())}")
+        band = _check_band(band, z)
     return (z, labels, counted, source, band), (found, options, filter_, thresholds)
 
 
 _checked_supervised = check.unless_alike(_check_supervised)
+
+
+def _check_band(band: object, logits: Tensor) -> Tensor:
+    """A `boundary_band` of the logits' images as (N, *spatial)."""
+    checked = check.check_voxel_map(band, "band", logits.shape[0], logits.shape[2:], logits)
+    if checked.dtype != torch.uint8:
+        raise TypeError(f"band: expected uint8 as boundary_band returns, got {checked.dtype}")
+    if check.values_checked(checked) and int(checked.max()) > FAR:
+        raise ValueError(f"band: expected values 0 to {FAR}, got {int(checked.max())}")
+    return checked
+
+
+def _check_distance(distance: object, logits: Tensor) -> Tensor:
+    """A `boundary_distance` of the logits' images as (N, *spatial), its values aside."""
+    checked = check.check_voxel_map(distance, "distance", logits.shape[0], logits.shape[2:], logits)
+    if not checked.is_floating_point():
+        raise TypeError(f"distance: expected a floating-point map, got {checked.dtype}")
+    check.refuse_gradient(checked, "distance")
+    return checked
+
+
+def check_supervision_maps(
+    logits: Tensor,
+    image: Tensor | None,
+    gradient: Tensor | None,
+    distance: Tensor | None,
+    band: Tensor | None,
+    *,
+    operator: str,
+    spacing: check.Numbers | None,
+    padding_mode: str,
+    channel_reduction: str,
+) -> None:
+    """What `supervised_evidential_loss` says of the maps that were given, without computing anything."""
+    if image is not None or gradient is not None:
+        _gradient_source(image, gradient, logits, operator, spacing, padding_mode, channel_reduction)
+    if band is not None:
+        _check_band(band, logits)
+    if distance is not None:
+        _check_distance(distance, logits)
 
 
 def _band_for(
@@ -745,11 +785,7 @@ def _band_for(
     """The band (N, *spatial) that follows from the distance or the labels."""
     if distance is None:
         return _band(common.target, thresholds, spacing, common.ignore_index, common.backend).squeeze(1)
-    n, _, *spatial = common.logits.shape
-    distances = check.check_voxel_map(distance, "distance", n, spatial, common.logits)
-    if not distances.is_floating_point():
-        raise TypeError(f"distance: expected a floating-point map, got {distances.dtype}")
-    check.refuse_gradient(distances, "distance")
+    distances = _check_distance(distance, common.logits)
     check.check_distances(distances, counted_voxels(common.target, common.ignore_index, common.mask))
     return band_of(distances, *(reach(threshold) for threshold in thresholds))
 
@@ -843,6 +879,7 @@ def pairwise_ranking_loss(
         raise ValueError(f"values: expected shape (N, n) or (N, 1, *spatial) without empty axes, got {tuple(x.shape)}")
     method_ = check_method(relation, method, num_pairs, generator, process_group, compat)
     y = points.match(points.as_points(scores, "scores"), "scores", x, "values")
+    check.refuse_swapped(x, "values", y, "scores")
     counted = None if mask is None else points.match_boolean(mask, "mask", x, "values")
     group = None if groups is None else points.match_groups(groups, x, "values")
     return _ranking(points.rows(x), y, counted, group, method_, generator, process_group)
@@ -943,6 +980,7 @@ def gradient_uncertainty_loss(
     """
     u = _uncertainty_map(uncertainty, "uncertainty")
     g = _like_uncertainty(gradient, "gradient", u)
+    check.refuse_swapped(u, "uncertainty", gradient, "gradient")
     method_ = check_method(relation, method, num_pairs, generator, process_group, compat)
     max_distance = check.check_number(max_distance, "max_distance", largest=check.FLOAT64_MAX)
     if soft is not None:

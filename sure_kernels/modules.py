@@ -6,6 +6,7 @@ class weights and spacings, lists and tensors included, are read when a module i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -275,7 +276,9 @@ class SURELoss(nn.Module):
         far_weight: weight of F, in steps without noised logits.
         noise_weight: gamma, the weight of the noise-uncertainty loss L_nu, in steps with them.
         noise_weights: of L_mu, L_d and L_far within L_nu. beta, gamma and these are 1 for want of published values.
-        supervision: form of L_gu: `covariance`, `correlation` or `exact`, the ranking of all pairs.
+        supervision: form of L_gu: `covariance`, `correlation` or `exact`, the ranking of all pairs. The covariance has
+            no gradient where the relation has the wanted sign; `sure train`, whose results the README shows, takes
+            supervision="correlation", margin=0.3, gradient_weight=3, far_weight=20 (docs/supervision.md compares them).
         margin: how strong a relation supervision="correlation" asks for: until the correlation is -margin.
         within_class: compare voxels only within a class (PriUS): those of L_gu, for supervision="exact", and of L_d.
         soft: `SoftThresholds` for PriUS's sigmoid forms of L_gu and L_nu; `supervision` then does not apply.
@@ -283,8 +286,9 @@ class SURELoss(nn.Module):
 
     forward(input, target, *, image=None, gradient=None, distance=None, band=None, mask=None, noisy=None, levels=None,
     points=None, generator=None):
-        image (N, M, *spatial), or the gradient magnitude computed once, is needed from epoch `good_model_step` on
-        (before it, and where beta and w_far are 0, it is not read). `noisy` is a sequence of logits for noised images,
+        image (N, M, *spatial), or the gradient magnitude computed once, is needed from epoch `good_model_step` on.
+        Before, it is checked but not read, and a warning says once that it will be needed; where beta and w_far are 0
+        it never is. `noisy` is a sequence of logits for noised images,
         `levels` and `points` are as in `noise_uncertainty_loss`. `generator` draws the pairs of the soft forms. Returns
         a 0-d loss, with `return_terms` also SURETerms.
 
@@ -390,6 +394,7 @@ class SURELoss(nn.Module):
         ):
             options.update(_settled(options))
         self.epoch = 0.0
+        self._warned = False
 
     def set_epoch(self, epoch: float) -> None:
         """Epoch t >= 0 (fractions allowed) that lambda and annealing are computed for."""
@@ -438,6 +443,8 @@ class SURELoss(nn.Module):
         z = check_logits(input)
         _check_noised(noisy, levels, z)
         annealing = self.current_supervision_weight
+        if annealing == 0:
+            self._check_later(z, image, gradient, distance, band)
         noised = noisy if self.wants_noise else None
         beta, far = annealing * self.gradient_weight, annealing * self.far_weight if noised is None else 0.0
         softly = beta > 0 and self.soft is not None
@@ -484,6 +491,26 @@ class SURELoss(nn.Module):
             return loss
         zeros = {name: torch.zeros_like(loss.detach()) for name in SURETerms._fields if name not in terms}
         return loss, SURETerms(**terms, **zeros)
+
+    def _check_later(
+        self,
+        logits: Tensor,
+        image: Tensor | None,
+        gradient: Tensor | None,
+        distance: Tensor | None,
+        band: Tensor | None,
+    ) -> None:
+        """What only epoch `good_model_step` would refuse, hours into a training."""
+        later = self.gradient_weight > 0 or (self.far_weight > 0 and self.noise_weight == 0)
+        if later and image is None and gradient is None and not (self._warned or torch.compiler.is_compiling()):
+            self._warned = True
+            warnings.warn(
+                f"image: got None and no `gradient`; from epoch {self.good_model_step:g} (good_model_step) on the "
+                "uncertainty is supervised, which needs one of them",
+                stacklevel=5,  # the caller of the module
+            )
+        if later and self.soft is None:
+            functional.check_supervision_maps(logits, image, gradient, distance, band, **self.filter_options)
 
     def _distance(self, labels: Tensor, like: Tensor) -> Tensor:
         """As far as any threshold reaches; the soft ones have no end."""

@@ -171,6 +171,15 @@ def refuse_gradient(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name}: requires a gradient, but gets none here; pass {name}.detach()")
 
 
+def refuse_swapped(values: Tensor, name: str, scores: Tensor, scores_name: str) -> None:
+    """ValueError where only the scores, which get no gradient, ask for one: the loss would train nothing."""
+    if torch.is_grad_enabled() and scores.requires_grad and not values.requires_grad:
+        raise ValueError(
+            f"{scores_name}: requires a gradient, but the loss gives one to {name} alone, which requires none; "
+            f"expected ({name}, {scores_name}) in this order, or {scores_name}.detach()"
+        )
+
+
 def shown(value: object) -> str:
     """`value` in a few characters, as messages print it."""
     try:
@@ -229,9 +238,9 @@ def check_target(
                 )
         return (tensor if tensor.dtype != torch.bool else tensor.to(torch.uint8)).argmax(1)
     if tensor.dtype not in INT_DTYPES:
-        raise TypeError(
-            f"target: expected integer labels of shape {index_shape}, got {tensor.dtype} of {shape_of(tensor)}"
-        )
+        shaped = shape_of(tensor) in (index_shape, (n, 1, *spatial))
+        wanted, found = ("", "") if shaped else (f" of shape {index_shape}", f" of {shape_of(tensor)}")
+        raise TypeError(f"target: expected integer labels{wanted}, got {tensor.dtype}{found}; target.long() has them")
     if shape_of(tensor) == (n, 1, *spatial):
         tensor = tensor.squeeze(1)
     if shape_of(tensor) != index_shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -235,8 +236,6 @@ def test_sure_loss_follows_its_schedules():
             far_weight=2 * weight,
         )
         torch.testing.assert_close(loss(logits, target, image=image), expected)
-        if epoch < 20:
-            torch.testing.assert_close(loss(logits, target), expected)
     other = sk.SURELoss(num_epochs=50, good_model_step=20)
     other.load_state_dict(loss.state_dict())
     assert other.epoch == 50
@@ -317,7 +316,8 @@ def test_noised_logits_wait_for_their_epoch():
     loss = sk.SURELoss()
     assert not loss.wants_noise
     torch.testing.assert_close(
-        loss(logits, target, image=image, noisy=noisy, levels=levels, points=points), loss(logits, target)
+        loss(logits, target, image=image, noisy=noisy, levels=levels, points=points),
+        loss(logits, target, image=image),
     )
     loss.set_epoch(30)
     assert loss.wants_noise
@@ -343,6 +343,65 @@ def test_sure_loss_says_what_is_wrong():
         late(logits, target, image=image, noisy=[logits, logits], levels=[0.5])
     with pytest.raises(ValueError, match="within_class: expected supervision='exact'"):
         sk.supervised_evidential_loss(logits, target, image, within_class=True)
+
+
+LATER = {
+    "image of another shape": ({"image": lambda x: x[..., 1:]}, ValueError, "image: expected shape"),
+    "image of integers": ({"image": lambda x: x.long()}, TypeError, "image: expected float32"),
+    "gradient with a gradient": (
+        {"gradient": lambda x: x.clone().requires_grad_()},
+        ValueError,
+        "gradient: requires a",
+    ),
+    "distance of integers": ({"image": lambda x: x, "distance": lambda x: x.long()}, TypeError, "distance: expected a"),
+    "band of floats": ({"image": lambda x: x, "band": lambda x: x}, TypeError, "band: expected uint8"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"supervision": "exact"}, {"gradient_weight": 0.0, "noise_weight": 0.0}])
+@pytest.mark.parametrize(("maps", "error", "message"), LATER.values(), ids=LATER)
+def test_sure_loss_checks_maps_before_it_reads_them(maps, error, message, options):
+    logits, target, image = setting()
+    loss = sk.SURELoss(**options)
+    with pytest.raises(error, match=message):
+        loss(logits, target, **{name: made(image) for name, made in maps.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "later"),
+    [
+        ({}, True),
+        ({"soft": sk.SoftThresholds()}, True),
+        ({"gradient_weight": 0.0, "noise_weight": 0.0}, True),
+        ({"gradient_weight": 0.0}, False),  # noised logits may take the far term's place in every step
+        ({"gradient_weight": 0.0, "far_weight": 0.0}, False),
+    ],
+    ids=str,
+)
+def test_sure_loss_says_once_that_an_image_will_be_needed(options, later):
+    logits, target, image = setting()
+    loss = sk.SURELoss(**options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first, second = loss(logits, target), loss(logits, target)
+        torch.testing.assert_close(sk.SURELoss(**options)(logits, target, image=image), first)
+    assert torch.equal(first, second)
+    assert [str(w.message).split(";")[0] for w in said] == ["image: got None and no `gradient`"] * later
+    assert all("from epoch 30 (good_model_step) on" in str(w.message) for w in said)
+    assert all(w.filename == __file__ for w in said)
+
+
+def test_a_loss_that_would_train_nothing_is_refused():
+    logits, target, image = setting()
+    u = sk.dirichlet_uncertainty(logits.clone().requires_grad_()).vacuity
+    g, d = sk.gradient_magnitude(image), sk.boundary_distance(target)
+    with pytest.raises(ValueError, match=r"gradient: requires a gradient.*\(uncertainty, gradient\) in this order"):
+        sk.gradient_uncertainty_loss(g, u, d)
+    with pytest.raises(ValueError, match=r"scores: requires a gradient.*\(values, scores\) in this order"):
+        sk.pairwise_ranking_loss(g, u)
+    assert sk.gradient_uncertainty_loss(u, u, d).requires_grad  # detached, as documented
+    with torch.no_grad():
+        sk.gradient_uncertainty_loss(g, u, d)
 
 
 def test_modules_are_the_functions():

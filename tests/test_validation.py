@@ -51,7 +51,12 @@ BAD = {
     "target float": (
         lambda: loss(target=Y.float()),
         TypeError,
-        r"target: expected integer labels of shape \(2, 4, 5\)",
+        r"target: expected integer labels, got torch.float32; target.long\(\) has them",
+    ),
+    "target float of another shape": (
+        lambda: loss(target=Y[:, :3].float()),
+        TypeError,
+        r"target: expected integer labels of shape \(2, 4, 5\), got torch.float32 of \(2, 3, 5\)",
     ),
     "target shape": (
         lambda: loss(target=Y[:, :3]),
@@ -113,6 +118,11 @@ BAD = {
     "module margin": (lambda: sk.SURELoss(margin=0.1), ValueError, r"margin: expected supervision='correlation'"),
     "thresholds": (lambda: supervised(near=1.0, boundary=2.0), ValueError, r"boundary, near, far: expected"),
     "distance of floats": (lambda: sk.boundary_distance(X), TypeError, r"target: expected an integer index map"),
+    "distance with a channel": (
+        lambda: sk.boundary_distance(torch.zeros((2, 1, 3, 4, 5), dtype=torch.long)),
+        ValueError,
+        r"target: expected shape \(N, \*spatial\) with 2 or 3 spatial axes; with a channel axis also spatial_dims=3",
+    ),
     "distance of one-hot": (
         lambda: sk.boundary_distance(torch.zeros((2, 3, 4, 5), dtype=torch.long), spatial_dims=2),
         ValueError,

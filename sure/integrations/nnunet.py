@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from sure.integrations.deep_supervision import DeepSupervision
+from sure.integrations.deep_supervision import SUPERVISION, DeepSupervision
 
 
 class nnUNetTrainerSURE(nnUNetTrainer):
     """nnU-Net's own training with SURELoss: deep supervision, its ignore label, and Dice over the whole batch.
 
     The schedules follow the published shares of all epochs: KL rises over the first fifth, uncertainty is supervised
-    from 30 % on. What nnU-Net predicts stays valid: the most probable class has the largest logit.
+    from 30 % on, in the form of `sure train`. What nnU-Net predicts stays valid: the most probable class has the
+    largest logit.
     """
 
     def _build_loss(self) -> DeepSupervision:
@@ -36,8 +37,7 @@ class nnUNetTrainerSURE(nnUNetTrainer):
             num_epochs=self.num_epochs,
             good_model_step=0.3 * self.num_epochs,
             annealing_steps=0.2 * self.num_epochs,
-            gradient_weight=50.0,  # as "covariance, 50" in docs/supervision.md
-            far_weight=10.0,
+            **SUPERVISION,
             include_background=False,
             ignore_index=-100 if ignored is None else ignored,
             process_group=dist.group.WORLD if self.is_ddp else None,

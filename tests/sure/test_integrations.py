@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import sure_kernels as sk
+from sure.config import TrainConfig
 from sure.data import write_phantoms
-from sure.integrations.deep_supervision import DeepSupervision
+from sure.integrations.deep_supervision import SUPERVISION, DeepSupervision
+from sure.objective import build_objective
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,18 +134,51 @@ class TestDeepSupervision:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8])
     def test_one_output(self, dtype):
-        logits, labels, _ = self.outputs()
+        logits, labels, image = self.outputs()
         loss = DeepSupervision([1.0, 0.5], ignore_index=3)
-        expected = sk.SURELoss(ignore_index=3)(logits[0], labels[0].long())
-        torch.testing.assert_close(loss(logits[0], labels[0].to(dtype)), expected)
+        expected = sk.SURELoss(ignore_index=3)(logits[0], labels[0].long(), image=image)
+        with loss.seeing(image):
+            torch.testing.assert_close(loss(logits[0], labels[0].to(dtype)), expected)
+
+    def test_without_supervision_no_image_is_needed(self):
+        logits, labels, _ = self.outputs()
+        loss = DeepSupervision([1.0], ignore_index=3, gradient_weight=0.0, far_weight=0.0)
+        loss.set_epoch(90)
+        assert float(loss(logits[0], labels[0])) > 0
+
+    def test_supervision_is_that_of_sure_train(self):
+        """nnU-Net's trainer takes it from here; the bundle's configuration has it in numbers."""
+        loss = build_objective(TrainConfig()).loss
+        alike = sk.SURELoss(**SUPERVISION)
+        for name in ("supervision", "margin", "boundary", "near", "far"):
+            assert alike.supervision_options[name] == loss.supervision_options[name], name
+        assert (alike.gradient_weight, alike.far_weight) == (loss.gradient_weight, loss.far_weight)
+        bundled = yaml.safe_load((ROOT / "bundle" / "configs" / "train.yaml").read_text())["loss"]
+        assert {name: bundled[name] for name in SUPERVISION} == SUPERVISION
 
     def test_mistakes_are_named(self):
-        logits, labels, _ = self.outputs()
+        logits, labels, image = self.outputs()
+        loss = DeepSupervision([1, 1, 1])
         with pytest.raises(ValueError, match="output, target: expected as many of each, up to 3, got 3 and 2"):
-            DeepSupervision([1, 1, 1])(logits, labels[:2])
+            loss(logits, labels[:2])
         with pytest.raises(ValueError, match="return_terms: expected False"):
             DeepSupervision([1.0], return_terms=True)
         loss = DeepSupervision([1.0])
-        loss.set_epoch(90)
-        with pytest.raises(TypeError, match="image: expected"):
+        with pytest.raises(TypeError, match="image: expected calls within"):
             loss(logits[0], labels[0].clamp(max=2))
+        for wrong in (0.5, float("nan")):
+            labels[0][0, 0, 0, 0, 0] = wrong
+            message = f"target: expected whole numbers, got {wrong} and the like in 1 voxels"
+            with loss.seeing(image), pytest.raises(ValueError, match=message):
+                loss(logits[0], labels[0])
+
+    @pytest.mark.parametrize(
+        ("weights", "error"),
+        [
+            *((wrong, TypeError) for wrong in (1.0, "a", ["a"])),
+            *((wrong, ValueError) for wrong in ([], [-1.0], [0.0], [float("nan")])),
+        ],
+    )
+    def test_weights_are_checked(self, weights, error):
+        with pytest.raises(error, match="weights: expected"):
+            DeepSupervision(weights)

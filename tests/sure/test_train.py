@@ -438,7 +438,7 @@ class TestConfig:
             ({"patch_size": [30]}, "patch_size: expected multiples of 4"),
             ({"patch_size": [16, 16]}, "patch_size: expected 1 or 3 numbers"),
             ({"prior": [0.0]}, "prior: expected entries of at least"),
-            ({"good_model_step": 100}, "good_model_step: expected less than epochs"),
+            ({"good_model_step": 100}, "good_model_step: expected less than epochs, 100, got 100"),
             ({"near": 0.5}, "boundary, near, far"),
             ({"seed": -1}, "seed: expected 0 or more"),
             ({"seed": 2**63}, r"seed: expected a 64-bit number"),
@@ -453,6 +453,38 @@ class TestConfig:
     def test_mistakes_are_named(self, values, message):
         with pytest.raises(UserError, match=message):
             from_dict(values)
+
+    def test_what_a_setting_follows_from_is_not_blamed(self):
+        with pytest.raises(UserError, match=r"expected at least 1, got 0$"):
+            from_dict({"epochs": 0})
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("soft: off\nnoise: off\namp: off\naugment: off", {"augment": False}),
+            ("noise: images\nsoft: acdc", {"noise": "images", "soft": "acdc"}),
+            ("lr: 4e-3\nweight_decay: 1E2", {"lr": 0.004, "weight_decay": 100.0}),
+            ("patch-size: 32\ngood-model-step: 3", {"patch_size": (32,), "good_model_step": 3}),
+            ("clip: none\ngood_model_step: None\nmargin: null\n", {"clip": None}),
+        ],
+    )
+    def test_yaml_may_spell_settings_as_people_do(self, tmp_path, text, expected):
+        (tmp_path / "c.yaml").write_text(text)
+        assert load_config(tmp_path / "c.yaml") == replace(TrainConfig(), **expected)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("patch-size: 32\npatch_size: 16", "c.yaml: patch-size is set twice, once with - and once with _"),
+            ("loss: off", "c.yaml: loss: expected one of sure, edl, dice_ce, got False"),
+            ("patch size: 32", "c.yaml: unknown keys patch size"),
+            ("lr: 4e", "c.yaml: lr: expected float, got '4e'"),
+        ],
+    )
+    def test_what_yaml_spells_otherwise_is_named(self, tmp_path, text, message):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize(
