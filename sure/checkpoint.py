@@ -110,6 +110,8 @@ def write_experiment(run: Path, config: TrainConfig, experiment: Experiment) -> 
 def read_experiment(run: Path) -> Experiment:
     """run.json of a run folder. Raises UserError where it is missing or damaged."""
     path = run / "run.json"
+    if run.is_file():
+        raise UserError(f"{run}: expected a run folder, found a file")
     try:
         values = read_json(path)
         for key in ("class_names", "train", "held_out"):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sure.config import TrainConfig, load_config, load_preset
+from sure.config import TrainConfig, load_config, load_preset, unused_settings
 from sure.errors import SharedError, UserError
 
 # Heavy imports wait until a command needs them: `sure --help` answers at once.
@@ -92,6 +92,9 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
         """
         from sure.train import train as run
 
+        unused = unused_settings(settings, TrainConfig() if preset is None else load_preset(preset))
+        if unused and _rank() == 0:
+            print(f"sure: {', '.join(unused)}: without effect for loss {settings.loss}", file=sys.stderr)
         folder = run(
             data,
             out,

@@ -229,6 +229,19 @@ def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
     return [f"{key} was {old[key]!r}, is {new[key]!r}" for key in new if old[key] != new[key]]
 
 
+SUPERVISION = (
+    "gradient_weight", "far_weight", "good_model_step", "ranking", "margin", "within_class", "relation", "boundary",
+    "near", "far", "soft", "noise", "noise_weight", "noise_weights", "noise_means", "noise_std", "noise_patch",
+    "noise_patches", "noise_statistics",
+)  # fmt: skip
+"""Settings that the supervision of uncertainty alone reads."""
+
+
+def unused_settings(config: TrainConfig, start: TrainConfig) -> list[str]:
+    """Settings of the supervision that were changed from `start`, where the loss supervises nothing."""
+    return [n for n in SUPERVISION if config.loss != "sure" and getattr(config, n) != getattr(start, n)]
+
+
 def from_dict(values: dict[str, Any], *, source: str = "configuration") -> TrainConfig:
     """A config from plain values; unknown keys and wrong types raise UserError naming `source` and the key."""
     hints = typing.get_type_hints(TrainConfig)

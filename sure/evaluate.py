@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -199,11 +200,25 @@ def check_cases(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: 
     subset = dataclasses.replace(
         dataset, cases=tuple(chosen), problems=problems, class_names=run.class_names, channels=run.in_channels
     )
-    _, faults = check_dataset(subset, num_classes=run.num_classes, progress=progress)
+    classes, dims = run.num_classes, run.config.spatial_dims
+    _, faults = check_dataset(subset, num_classes=classes, spatial_dims=dims, progress=progress)
     if faults:
         raise UserError(f"{dataset.root}: {len(faults)} faults:\n{format_faults(faults)}")
     if not chosen:
         raise UserError(f"{dataset.root}: no case to evaluate")
+    if progress:
+        tqdm.write(_choice(run, dataset, chosen, cases_from), file=sys.stderr)
+
+
+def _choice(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str) -> str:
+    """Which cases are scored, and which are not, in a line."""
+    parts = [f"{dataset.root}: {len(chosen)} of {len(dataset.cases)} cases ({cases_from})"]
+    left = sorted({case.name for case in dataset.cases} - {case.name for case in chosen})
+    missing = missing_cases(run, chosen, cases_from)
+    for names, what in ((left, "left out"), (missing, "held out by the run, but not here")):
+        if names:
+            parts.append(f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else ""))
+    return "; ".join(parts)
 
 
 def _by_distance(profiles: Sequence[Tensor]) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-import nibabel as nib
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -63,12 +62,14 @@ def predict(
 
     Raises:
         UserError: inputs that are missing, unreadable, not finite or unlike the training images, all of them
-            in one table; two inputs for one output; an output that would replace an input. Then nothing is
-            written.
+            in one table; two inputs for one output; an output that would replace an input, or lie in a folder whose
+            images are read. Then nothing is written.
     """
     if quantise_uncertainty not in ("off", *QUANTISED):
         expected = ", ".join(("off", *QUANTISED))
         raise UserError(f"quantise_uncertainty: expected one of {expected}, got {quantise_uncertainty!r}")
+    if abstain != "overall" and calibration is None:
+        raise UserError(f"abstain: expected a calibration with {abstain!r} (`sure calibrate` writes one), got none")
     run = load_run(run_path, checkpoint=checkpoint, device=device)
     abstention = None if calibration is None else load_calibration(calibration, run, abstain)
     results = ("seg", "unc") if abstention is None else ("seg", "unc", "abstain")
@@ -78,6 +79,10 @@ def predict(
         raise UserError(f"{len(faults)} of the inputs cannot be used:\n{format_faults(faults)}")
     if out.is_file():
         raise UserError(f"{out}: expected a folder, found a file")
+    folders = [path for path in map(Path, images) if path.is_dir()]
+    taken = {resolved(path.parent) for case in cases for path in case.images} if folders else set()
+    if resolved(out) in taken | {resolved(path) for path in folders}:
+        raise UserError(f"{out}: the results would lie among the images and be taken for some; choose another folder")
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -155,16 +160,8 @@ def _group_channels(files: Sequence[Path], channels: int) -> list[Case]:
 def _check_images(cases: Sequence[Case], run: Run, progress: bool) -> list[Fault]:
     """Everything that reading all files brings up."""
     dataset = Dataset(Path(), "files", tuple(cases), None, channels=run.in_channels)
-    _, faults = check_dataset(dataset, num_classes=run.num_classes, labelled=False, progress=progress)
-    if run.config.spatial_dims == 3:
-        unreadable = {fault.file for fault in faults}
-        faults += [
-            Fault(case.name, path, "expected a 3D image for a 3D run, found a 2D image")
-            for case in cases
-            for path in case.images
-            if path not in unreadable and len(cast(nib.Nifti1Image, nib.load(path)).shape) == 2
-        ]
-    return faults
+    classes, dims = run.num_classes, run.config.spatial_dims
+    return check_dataset(dataset, num_classes=classes, labelled=False, spatial_dims=dims, progress=progress)[1]
 
 
 def _check_outputs(cases: Sequence[Case], out: Path, results: Sequence[str]) -> list[Fault]:

@@ -51,6 +51,7 @@ from sure.data import (
     discover,
     format_faults,
     load_case,
+    spacings_differ,
     split_cases,
 )
 from sure.distributed import (
@@ -255,7 +256,7 @@ def _prepare(
 ) -> tuple[Dataset, Experiment, list[Case]]:
     """Find, check and split the cases. Raises UserError with one table of all faults unless they may be skipped."""
     dataset = discover(data)
-    num_classes, faults = check_dataset(dataset, progress=progress)
+    num_classes, faults = check_dataset(dataset, spatial_dims=config.spatial_dims, progress=progress)
     if faults:
         table = format_faults(faults)
         if not skip_bad:
@@ -266,6 +267,9 @@ def _prepare(
         if not dataset.cases:
             raise UserError(f"{data}: no case without faults is left")
         num_classes, _ = check_dataset(dataset)  # what the rejected cases held does not count
+    note = spacings_differ(dataset)
+    if progress and note:
+        tqdm.write(f"{data}: {note}; nothing is resampled, and the losses count in voxels", file=sys.stderr)
     if len(config.prior) not in (1, num_classes):
         raise UserError(f"prior: expected 1 or {num_classes} numbers, one a class, got {len(config.prior)}")
     cases = list(dataset.cases)

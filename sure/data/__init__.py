@@ -1,6 +1,6 @@
 """Data sets on disk, their checks, loading and saving, and synthetic phantoms."""
 
-from sure.data.checks import check_dataset, format_faults
+from sure.data.checks import check_dataset, format_faults, spacings_differ
 from sure.data.layouts import Case, Dataset, Fault, discover
 from sure.data.loading import (
     IGNORE,
@@ -35,6 +35,7 @@ __all__ = [
     "phantom",
     "read_nifti",
     "save_nifti",
+    "spacings_differ",
     "split_cases",
     "write_phantoms",
 ]

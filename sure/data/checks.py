@@ -7,16 +7,20 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sure.data.layouts import MISSING_LABEL, Case, Dataset, Fault
-from sure.data.nifti import UnreadableError, read_nifti
+from sure.data.nifti import UnreadableError, read_nifti, spacing_of
 from sure.errors import UserError
 
 AFFINE_TOLERANCE = 1e-3
 """Largest entry by which two affines may differ, in voxels: of inv(A) B - I."""
+
+SPACING_TOLERANCE = 0.01
+"""Share by which spacings of different cases may differ and still count as one."""
 
 
 @dataclass
@@ -29,7 +33,12 @@ class _Seen:
 
 
 def check_dataset(
-    dataset: Dataset, *, num_classes: int | None = None, labelled: bool = True, progress: bool = False
+    dataset: Dataset,
+    *,
+    num_classes: int | None = None,
+    labelled: bool = True,
+    spatial_dims: int | None = None,
+    progress: bool = False,
 ) -> tuple[int, list[Fault]]:
     """Read every file completely and list everything that training could trip over.
 
@@ -38,28 +47,40 @@ def check_dataset(
         num_classes: number of classes K, background included. By default as many as the layout declares, else
             as many as the labels hold, counted up to the first value that no file has.
         labelled: whether a case without a label is a fault.
+        spatial_dims: of the network; for 3 a 2D image is a fault.
         progress: show a progress bar on stderr.
 
-    Returns `(K, faults)`, the faults sorted by case. Raises UserError where the labels
-    hold no second class: there is nothing to learn.
+    Returns `(K, faults)`, the faults sorted by case. Raises UserError where the labels hold no class 1: there is
+    nothing to learn.
     """
     faults, seen = list(dataset.problems), {}
     for case in tqdm(dataset.cases, desc="checking", unit="case", disable=not progress):
         found = _Seen()
         faults += _check_case(case, dataset, found, labelled)
         seen[case] = found
-    faults += _check_agreement(dataset, seen)
+    faults += _check_agreement(dataset, seen, spatial_dims)
 
     if num_classes is None:
         ignored = () if dataset.ignore_label is None else (dataset.ignore_label,)
         values = {int(v) for s in seen.values() for v in s.classes} - set(ignored)
         num_classes = len(dataset.class_names) if dataset.class_names else _first_missing(values)
     if num_classes < 2 and any(s.classes.size for s in seen.values()):
-        message = f"{dataset.root}: expected labels of at least 2 classes, 0 and 1, found {num_classes}"
+        message = f"{dataset.root}: expected labels of at least 2 classes, 0, 1 and so on without gaps, found "
+        message += _found_labels(seen)
         raise UserError("\n".join([message, format_faults(faults)] if faults else [message]))
     for case, found in seen.items():
         faults += _check_range(case, found.classes, num_classes, dataset)
     return num_classes, sorted(faults, key=lambda f: (f.case, str(f.file), f.problem))
+
+
+def spacings_differ(dataset: Dataset) -> str:
+    """How far voxels differ in size from case to case, from headers alone; empty where they do not, to a hundredth."""
+    steps = np.array([spacing_of(nib.load(case.images[0]).affine, 3) for case in dataset.cases])  # type: ignore[attr-defined]
+    low, high = steps.min(0), steps.max(0)
+    if not np.any(high > low * (1 + SPACING_TOLERANCE)):
+        return ""
+    shown = (" x ".join(f"{step:.3g}" for step in corner) for corner in (low, high))
+    return f"voxels differ in size from case to case, from {' to '.join(shown)} mm"
 
 
 def format_faults(faults: Collection[Fault]) -> str:
@@ -152,7 +173,15 @@ def _grid_problems(
         yield f"affine differs from the {other}'s by {difference:.3g} voxels"
 
 
-def _check_agreement(dataset: Dataset, seen: dict[Case, _Seen]) -> Iterator[Fault]:
+def _found_labels(seen: dict[Case, _Seen]) -> str:
+    """The labels of all cases in a few words, with a file that holds the largest."""
+    largest = max((case for case, s in seen.items() if s.classes.size), key=lambda case: seen[case].classes[-1])
+    values = sorted({int(v) for s in seen.values() for v in s.classes})
+    shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+    return f"{shown} ({values[-1]} in {largest.label})" if len(values) > 1 else f"{shown} alone"
+
+
+def _check_agreement(dataset: Dataset, seen: dict[Case, _Seen], spatial_dims: int | None) -> Iterator[Fault]:
     """Faults of cases that are sound alone, but unlike the rest: channels, 2D among 3D."""
     counts = Counter(s.channels for s in seen.values() if s.channels is not None)
     channels = dataset.channels or (counts.most_common(1)[0][0] if counts else None)
@@ -160,7 +189,9 @@ def _check_agreement(dataset: Dataset, seen: dict[Case, _Seen]) -> Iterator[Faul
     for case, s in seen.items():
         if s.channels is not None and s.channels != channels:
             yield Fault(case.name, case.images[0], f"expected {channels} image channels, found {s.channels}")
-        if s.ndim == 2 and volumes:
+        if s.ndim == 2 and spatial_dims == 3:
+            yield Fault(case.name, case.images[0], "expected a 3D image for a 3D run, found a 2D image")
+        elif s.ndim == 2 and volumes:
             yield Fault(case.name, case.images[0], "2D image among 3D images")
 
 

@@ -231,6 +231,8 @@ def test_bad_arguments(data, run, calibrated, tmp_path):
             predict(run.path, [image], tmp_path / "out", calibration=path, progress=False)
     with pytest.raises(UserError, match="abstain: expected overall or class, got 'voxel'"):
         load_calibration(calibrated[0], run, "voxel")
+    with pytest.raises(UserError, match="abstain: expected a calibration with 'class'"):
+        predict(run.path, [image], tmp_path / "out", abstain="class", progress=False)
     with pytest.raises(UserError, match="quantise_uncertainty: expected one of off, uint8, uint16, got 'int8'"):
         predict(run.path, [image], tmp_path / "out", quantise_uncertainty="int8", progress=False)
     other = make_run(tmp_path, seed=5)

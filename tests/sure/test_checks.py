@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faults
+from sure.data import Case, Dataset, Fault, check_dataset, discover, format_faults, spacings_differ
 from sure.errors import UserError
 
 HIPPOCAMPUS = Path(__file__).resolve().parents[2].parent / "shared/data/hippocampus"
@@ -256,7 +256,8 @@ def test_classes_asked_for_bound_the_labels(root):
 def test_masks_of_0_and_255_are_no_256_classes(root):
     for name in "abc":
         write(root / f"labels/{name}.nii.gz", ((label() > 0) * 255).astype(np.uint8))
-    with pytest.raises(UserError, match="at least 2 classes"):
+    expected = r"at least 2 classes, 0, 1 and so on without gaps, found 0, 255 \(255 in .*labels/a\.nii\.gz\)"
+    with pytest.raises(UserError, match=expected):
         check_dataset(discover(root))
 
 
@@ -295,6 +296,18 @@ def test_flat_images_are_fine_among_themselves(root):
     for name in "ac":
         write(root / f"images/{name}.nii.gz", image()[..., 0])
         write(root / f"labels/{name}.nii.gz", label()[..., 0])
+    assert check_dataset(discover(root)) == (3, [])
+    _, faults = check_dataset(discover(root), spatial_dims=3)
+    assert [f.problem for f in faults] == ["expected a 3D image for a 3D run, found a 2D image"] * 3
+    assert check_dataset(discover(root), spatial_dims=2) == (3, [])
+
+
+def test_spacings_that_differ_are_told(root):
+    assert spacings_differ(discover(root)) == ""
+    for folder, values in (("images", image()), ("labels", label())):
+        write(root / f"{folder}/b.nii.gz", values, np.diag([1.0, 1.005, 2.5, 1.0]))
+    told = spacings_differ(discover(root))
+    assert told == "voxels differ in size from case to case, from 1 x 1 x 2.5 to 1.5 x 1.2 x 3 mm"
     assert check_dataset(discover(root)) == (3, [])
 
 

@@ -66,6 +66,23 @@ def test_mistakes_end_with_status_2_and_one_message(args, message, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_without_effect_are_told(tmp_path, capsys):
+    data = write_phantoms(tmp_path / "data", cases=4, shape=(20, 20, 16))
+    args = ["train", str(data), "--loss", "edl", *TINY, "--epochs", "1"]
+    assert main([*args, "--out", str(tmp_path / "a"), "--ranking", "exact", "--gradient-weight", "5"]) == 0
+    told = "sure: gradient_weight, ranking: without effect for loss edl"
+    assert told in capsys.readouterr().err.splitlines()
+    preset = ["--preset", "sure-acdc", "--spatial-dims", "3"]
+    assert main([*args, *preset, "--out", str(tmp_path / "b")]) == 0
+    assert "without effect" not in capsys.readouterr().err
+
+
+def test_a_file_is_no_run_folder(tmp_path, capsys):
+    (tmp_path / "final.pt").write_bytes(b"")
+    assert main(["evaluate", str(tmp_path / "final.pt"), ".", "--out", str(tmp_path / "out")]) == 2
+    assert "final.pt: expected a run folder, found a file" in capsys.readouterr().err
+
+
 def test_unknown_flags_end_with_status_2(capsys):
     assert main(["train", ".", "--out", "x", "--epoch", "3"]) == 2
     assert capsys.readouterr().err == (

@@ -222,6 +222,23 @@ def test_missing_held_out_case_is_named(run, tmp_path):
     assert report["summary"]["dice"]["std"] is None
 
 
+def test_what_is_scored_is_told(run, tmp_path, capsys):
+    root = write_data(tmp_path / "data", 2)
+    evaluate(run.path, root, tmp_path / "eval", pictures=0)
+    told = f"{root}: 1 of 2 cases (held-out); left out: case_1; held out by the run, but not here: case_2"
+    assert told in capsys.readouterr().err.splitlines()
+
+
+def test_flat_images_of_a_3d_run_are_named(run, tmp_path):
+    root = write_data(tmp_path / "data", 1)
+    for folder in ("images", "labels"):
+        path = root / folder / "case_0.nii.gz"
+        flat = np.asarray(nib.load(path).dataobj)[..., 3]
+        nib.save(nib.Nifti1Image(flat, AFFINE), path)
+    with pytest.raises(UserError, match=r"case_0 .*expected a 3D image for a 3D run.*images/case_0\.nii\.gz"):
+        evaluate(run.path, root, tmp_path / "eval", pictures=0, progress=False)
+
+
 def test_faulty_data_is_refused(run, tmp_path):
     root = write_data(tmp_path / "data", 3)
     label = np.full(SHAPE, 7, np.uint8)

@@ -250,6 +250,25 @@ class TestFiles:
             assert str(path) in text
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("out", ["data", "data/images"])
+    @pytest.mark.parametrize("source", ["data", "data/images"])
+    def test_never_writes_among_images_that_are_read(self, use_run, tmp_path, source, out):
+        """The next run over that folder would take the results for images."""
+        use_run()
+        root = write_data(tmp_path / "data", 2)
+        before = sorted(root.rglob("*"))
+        if (source, out) == ("data/images", "data"):
+            assert predict(tmp_path / "run", [tmp_path / source], tmp_path / out, progress=False)
+            return
+        with pytest.raises(UserError, match="the results would lie among the images"):
+            predict(tmp_path / "run", [tmp_path / source], tmp_path / out, progress=False)
+        assert sorted(root.rglob("*")) == before
+
+    def test_a_file_may_have_its_results_beside_it(self, use_run, tmp_path):
+        use_run()
+        image, _ = write_case(tmp_path / "data", "a", 1)
+        assert predict(tmp_path / "run", [image], image.parent, progress=False)[0].parent == image.parent
+
     def test_never_replaces_an_input(self, use_run, tmp_path):
         use_run()
         folder = tmp_path / "data" / "images"
