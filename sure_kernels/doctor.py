@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from sure_kernels.backends import backends, get_backend
+from sure_kernels.backends import AUTO, COMPILED, COMPILED_OPS, backend, backends, get_backend, requested
 from sure_kernels.registry import OPS, OpSpec
 
 _SHAPE = (11, 13, 12)
@@ -68,6 +70,16 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float(((a - b)[finite].abs().max() if bool(finite.any()) else torch.tensor(0.0)) / scale)
 
 
+def _rows() -> Iterator[tuple[OpSpec, str, str]]:
+    """What is run: op, device, backend. Without a GPU also what `auto` compiles for large volumes on the CPU."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for device in ("cpu", *gpus):
+        served = get_backend(torch.zeros(1, device=device))
+        yield from ((op, device, served) for op in OPS)
+    if not gpus and requested() == AUTO and backends()[COMPILED] is None:
+        yield from ((op, "cpu", COMPILED) for op in OPS if op.name in COMPILED_OPS)
+
+
 def doctor() -> int:
     """Print the findings; 0 when every op agrees with its reference on every device, else 1."""
     print("versions:", ", ".join(f"{k} {v}" for k, v in versions("sure-kernels", "torch", "triton").items()))
@@ -76,19 +88,17 @@ def doctor() -> int:
     for name, reason in backends().items():
         print(f"  {name:10s} {'available' if reason is None else 'no: ' + reason}")
     failures = 0
-    targets = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     print("ops against their reference in float64 (largest relative difference of value and gradient):")
-    for device in targets:
-        backend = get_backend(torch.zeros(1, device=device))
-        for op in OPS:
-            try:
+    for op, device, name in _rows():
+        try:
+            with backend(name) if name == COMPILED else nullcontext():
                 difference = check_op(op, device)
-                good = difference <= _TOLERANCE
-                outcome = f"{difference:.1e} {'ok' if good else 'WRONG'}"
-            except Exception as error:  # the doctor reports whatever is wrong
-                good, outcome = False, f"FAILED: {type(error).__name__}: {error}"
-            failures += not good
-            print(f"  {op.name:28s} {device:8s} {backend:10s} {outcome}")
+            good = difference <= _TOLERANCE
+            outcome = f"{difference:.1e} {'ok' if good else 'WRONG'}"
+        except Exception as error:  # the doctor reports whatever is wrong
+            good, outcome = False, f"FAILED: {type(error).__name__}: {error}"
+        failures += not good
+        print(f"  {op.name:28s} {device:8s} {name:10s} {outcome}", flush=True)
     print("all well" if failures == 0 else f"{failures} ops are not well")
     return int(failures > 0)
 

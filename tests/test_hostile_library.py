@@ -279,6 +279,11 @@ BAD = {
     "twin's relation": (lambda: metrics.UncertaintyRatio(relation="x"), V, r"relation: expected one of decreasing"),
     "twin's compat": (lambda: metrics.UncertaintyCorrelation(compat="x"), V, r"compat: expected one of official"),
     "mean of no function": (lambda: metrics.CaseMean(3), T, r"function: expected a callable, got int"),
+    "mean of bounds": (
+        lambda: metrics.CaseMean(metrics.error_detection_auroc).update(sk.dirichlet_uncertainty(Z).vacuity, E),
+        T,
+        r"function: expected one that returns a torch.Tensor, got Bounded \(with method='exact' it is one\)",
+    ),
     "mean of numbers": (lambda: metrics.CaseMean(lambda x: 3.0).update(X), T, r"function: expected one that returns a"),
 }
 

@@ -19,7 +19,7 @@ from packaging.version import Version
 
 import sure_kernels as sk
 from sure_kernels import functional, registry
-from sure_kernels.backends import BACKENDS
+from sure_kernels.backends import BACKENDS, COMPILED_OPS
 from sure_kernels.kernel_lib.labels import pack_labels
 
 PACKAGE = Path(sk.__file__).parent
@@ -170,6 +170,12 @@ def test_doctor_is_well(capsys):
     for op in registry.OPS:
         assert op.name in out
     assert "all well" in out
+    rows = {tuple(line.split()[:3]) for line in out.splitlines()}
+    if not torch.cuda.is_available() and sk.backends()["compiled"] is None:
+        assert {(name, "cpu", "compiled") for name in COMPILED_OPS} <= rows
+    with sk.backend("eager"):
+        assert sk.doctor() == 0
+    assert " compiled  " not in capsys.readouterr().out.partition("ops against")[2]
 
 
 @pytest.mark.parametrize("op", [op for op in registry.OPS if op.differentiable], ids=lambda op: op.name)

@@ -225,8 +225,9 @@ def _difference(base: _Evaluation, other: _Evaluation, key: str, metric: Metric)
         return {"difference": "–", "range": "", "verdict": ""}
     mean, (low, high) = float(np.mean(gaps)), interval(gaps)
     verdict = ""
-    shown = round(mean, metric.digits) != 0  # no verdict on what is printed as 0
-    if metric.better and shown and (low > 0 or high < 0):
+    # No verdict on what is printed as 0, or with an end at 0.
+    apart = round(low, metric.digits) > 0 or round(high, metric.digits) < 0
+    if metric.better and apart:
         verdict = "better" if (mean > 0) == (metric.better == "higher") else "worse"
     return {
         "difference": _number(mean, metric.digits, sign=True),

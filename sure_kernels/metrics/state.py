@@ -69,7 +69,9 @@ class CaseMean(SumState):
         """Add a batch; arguments and errors of the function."""
         per_case = self._function(*args, **self._options, **kwargs)
         if not isinstance(per_case, Tensor):
-            raise TypeError(f"function: expected one that returns a torch.Tensor, got {type(per_case).__name__}")
+            exact = " (with method='exact' it is one)" if hasattr(per_case, "bound") else ""
+            found = f"{type(per_case).__name__}{exact}"
+            raise TypeError(f"function: expected one that returns a torch.Tensor, got {found}")
         defined = ~per_case.isnan()
         self._add(total=per_case.where(defined, 0).sum(), cases=defined.double().sum())
 

@@ -177,6 +177,7 @@ def row_of(folders, label: str) -> dict:
         ((-0.1, -0.2, -0.15, -0.11), "worse"),
         ((0.3, -0.1, 0.2, -0.05), ""),  # the mean is far from 0, its interval holds it
         ((1e-5, 1e-5, 1e-5, 1e-5), ""),  # printed as 0
+        ((1e-4, 1e-4, 3e-3, 3e-3), ""),  # an end of the interval is printed as 0
     ],
 )
 def test_marks_only_where_the_paired_interval_excludes_0(evaluations, tmp_path, gaps, mark):
