@@ -126,7 +126,10 @@ class Launch:
 
 
 def planned(plan: Callable[_P, Launch]) -> Callable[_P, Launch]:
-    """Decorator of functions that plan a launch from hashable arguments: done once for equal ones."""
+    """Decorator of functions that plan a launch from hashable arguments: done once for equal ones.
+
+    The device is to be one of them: what is launched again has been loaded on one GPU.
+    """
     kept = functools.lru_cache(maxsize=_KEPT)(plan)
     _plans.append(kept)
     return cast("Callable[_P, Launch]", kept)

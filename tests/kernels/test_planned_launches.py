@@ -5,6 +5,8 @@ On a pretended GPU: kernels are compiled for it, what would be launched is noted
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from triton.compiler import CompiledKernel
 
 import sure_kernels as sk
 from sure_kernels.compile_check.pretended import PretendedGpu, pretended
+from sure_kernels.kernel_lib import launch as launches
 from sure_kernels.kernel_lib.launch import Launch, forget_plans
 from sure_kernels.ops.evidential.closed_form import Formula, Weights, number_of_sums
 from sure_kernels.ops.supervised import kernel
@@ -68,6 +71,23 @@ def test_repeated(gpu):
     for _ in range(3):
         launch(x, out)
     assert [("sound", (2, 1, 1), [*tensors(2), 1, 32])] * 3 == LAUNCHES
+
+
+def test_every_plan_is_for_one_device():
+    """What a plan launches again is loaded on the GPU that it was launched on first."""
+    for op in OPS:
+        importlib.import_module(f"sure_kernels.ops.{op.room}.kernel")
+    plans = [kept.__wrapped__ for kept in launches._plans if kept.__module__.startswith("sure_kernels.ops.")]
+    assert {plan.__module__.split(".")[2] for plan in plans} >= {
+        "boundary_distance",
+        "dirichlet",
+        "evidential",
+        "ranking",
+    }
+    for plan in plans:
+        device = inspect.signature(plan).parameters.get("device")
+        assert device is not None, f"{plan.__module__}.{plan.__name__} plans launches for any device"
+        assert device.default is inspect.Parameter.empty
 
 
 @pytest.mark.parametrize("who", ["nobody", "hook", "unknown version"])

@@ -239,7 +239,8 @@ def _blocks(sizes: list[int], block: int, device: torch.device) -> tuple[Tensor,
 
 
 @planned
-def _pairs(blocks: int, tiled: bool, warps: int) -> Launch:
+def _pairs(blocks: int, tiled: bool, device: torch.device) -> Launch:
+    warps = warps_on(NUM_WARPS, device)
     options = {"TILED": tiled, "TILE": TILE, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": warps}
     return Launch(pairs_kernel, (blocks,), (blocks,), options)
 
@@ -270,7 +271,7 @@ def violating_pairs(sets: Sets) -> Pairs:
         set_total = torch.empty(len(sizes), dtype=torch.float64, device=device)
         set_number = torch.empty(len(sizes), dtype=torch.int64, device=device)
         if blocks:
-            _pairs(blocks, tiled, warps)(rank, scores, value, place, difference, count, table, out, total, number)
+            _pairs(blocks, tiled, device)(rank, scores, value, place, difference, count, table, out, total, number)
         if sizes:
             reduce_kernel[(len(sizes),)](total, number, bounds, set_total, set_number, CHUNK=CHUNK, num_warps=warps)
     return Pairs(out, set_total, set_number)
