@@ -106,7 +106,7 @@ def calibrate(
     scopes = [_fit(of_all[:, k], of_wrong[:, k], patients, alpha) for k in range(1 + run.num_classes)]
     report = {
         "kind": KIND,
-        "run": {"path": str(run_path), **describe_run(run), "weights": weights_digest(run.model)},
+        "run": {"path": str(run_path), **describe_run(run)},
         "data": str(data_root),
         "cases_from": cases_from,
         "cases": [case.name for case in chosen],

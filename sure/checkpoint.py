@@ -37,6 +37,8 @@ class Experiment:
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     ignore_label: int | None
+    files: str | None = None
+    """Digest of names and sizes of all files of the cases; None in runs of older versions."""
 
 
 @dataclass

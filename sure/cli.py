@@ -92,9 +92,9 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
         """
         from sure.train import train as run
 
-        unused = unused_settings(settings, TrainConfig() if preset is None else load_preset(preset))
-        if unused and _rank() == 0:
-            print(f"sure: {', '.join(unused)}: without effect for loss {settings.loss}", file=sys.stderr)
+        for line in unused_settings(settings, TrainConfig() if preset is None else load_preset(preset)):
+            if _rank() == 0:
+                print(f"sure: {line}", file=sys.stderr)
         folder = run(
             data,
             out,
@@ -149,7 +149,7 @@ def evaluate(
         cases=cases,
         checkpoint=checkpoint,
         seed=seed,
-        pictures=int(pictures[0]) if len(pictures) == 1 and pictures[0].lstrip("-").isdecimal() else pictures,
+        pictures=int(pictures[0]) if len(pictures) == 1 and _is_number(pictures[0]) else pictures,
         device=choose_device(device),
         progress=progress,
     )
@@ -452,6 +452,11 @@ def _parsed(command: Callable[..., Any], name: str, args: list[str]) -> Callable
         body = itertools.dropwhile(_is_rule, lines[1:])
         what = " ".join(" ".join(itertools.takewhile(lambda line: not _is_rule(line), body)).split())
         raise UserError(f"{what}; `sure {name} --help` lists the arguments") from None
+
+
+def _is_number(text: str) -> bool:
+    """Whether a number, as it is usually written: 006 is a name."""
+    return text.lstrip("-").isdecimal() and text == str(int(text))
 
 
 def _is_rule(line: str) -> bool:

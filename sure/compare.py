@@ -7,7 +7,7 @@ interrupted, or is asked for more arms or folds, goes on from what is there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sure.checkpoint import checkpoint_path, read_experiment
+from sure.checkpoint import checkpoint_path, load_run, read_experiment, weights_digest
 from sure.config import TrainConfig, changes, load_config, load_preset, presets, to_dict
+from sure.data import Dataset, discover, files_digest
 from sure.errors import UserError
 from sure.evaluate import evaluate
 from sure.files import atomic, check_writable, read_json, write_text
@@ -54,9 +55,9 @@ def compare(
     Args:
         data: data set in a layout that training reads.
         out: folder to write; holds runs/ARM/fold-K, evaluations/ARM/fold-K and robustness/ARM/fold-K as well. What is
-            there already, of the same settings, is used.
-        arms: losses (edl, sure, dice_ce), presets, or YAML files of settings that differ from `base`, named by their
-            stem. The others are compared with the first.
+            there already, of the same settings and weights, is used.
+        arms: losses (edl, sure, dice_ce), presets, whose objective is taken, or YAML files of settings that differ
+            from `base`, named by their stem. The others are compared with the first.
         base: settings that all arms share.
         folds: which of `base.folds`; None takes all.
         device: where networks are trained and run.
@@ -69,7 +70,7 @@ def compare(
         95 % interval of a bootstrap over cases. Undefined values are None.
 
     Raises:
-        UserError: unknown arms or folds, runs in `out` that were made with other settings.
+        UserError: unknown arms or folds, runs in `out` that were made with other settings or of other data.
     """
     settings = _arms(arms, base)
     wanted = tuple(range(base.folds)) if folds is None else tuple(folds)
@@ -84,8 +85,9 @@ def compare(
     check_writable(out)
     place = choose_device(device)
     runs = {(arm, k): out / "runs" / arm / f"fold-{k}" for k in wanted for arm in settings}
+    dataset = discover(data)
     for (arm, k), run in runs.items():
-        _check_run(run, replace(settings[arm], fold=k))
+        _check_run(run, replace(settings[arm], fold=k), dataset)
 
     values: dict[str, list[Table]] = {arm: [] for arm in settings}
     pictures: dict[int, list[str]] = {}
@@ -96,9 +98,9 @@ def compare(
         first = runs[next(iter(settings)), k]
         if read_experiment(run).held_out != read_experiment(first).held_out:
             raise UserError(f"{run}: other cases are held out than in {first}; the arms must share their data")
-        values[arm].append(_scored(run, data, out, Path(arm) / f"fold-{k}", place, progress, pictures.get(k, 3)))
-        drawn = read_json(out / "evaluations" / arm / f"fold-{k}" / "metrics.json")
-        pictures.setdefault(k, list(drawn["pictures"]["planes"]))  # the first arm's cases, for all
+        table, drawn = _scored(run, data, out, Path(arm) / f"fold-{k}", place, progress, pictures.get(k, 3))
+        values[arm].append(table)
+        pictures.setdefault(k, drawn)  # the first arm's cases, for all
 
     report: dict[str, Any] = {
         "kind": KIND,
@@ -126,7 +128,7 @@ def _arms(names: Sequence[str], base: TrainConfig) -> dict[str, TrainConfig]:
         if name in LOSSES:
             arm, config = name, replace(base, loss=name)  # type: ignore[arg-type]  # one of them
         elif name in presets():
-            arm, config = name, load_preset(name)
+            arm, config = name, load_preset(name, base)
         elif path.is_file():
             arm, config = path.stem, load_config(path, base)
         else:
@@ -134,19 +136,27 @@ def _arms(names: Sequence[str], base: TrainConfig) -> dict[str, TrainConfig]:
             raise UserError(f"arms: expected {known}, or a YAML file of settings, got {name!r}")
         if arm in found:
             raise UserError(f"arms: expected different names, got {arm} twice")
+        apart = [key for key in ("folds", "seed") if getattr(config, key) != getattr(base, key)]
+        if apart:
+            raise UserError(f"{name}: sets {' and '.join(apart)}, which decide the cases that all arms are to share")
         found[arm] = config
     if len(found) < 2:
         raise UserError(f"arms: expected at least two, got {len(found)}")
     return found
 
 
-def _check_run(run: Path, config: TrainConfig) -> None:
-    """UserError where `run` was trained, or begun, with settings other than `config`."""
+def _check_run(run: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """UserError where `run` was trained, or begun, with settings other than `config`, or on other data."""
     if not (run / "config.yaml").is_file():
         return
     changed = changes(load_config(run / "config.yaml"), config)
     if changed:
         raise UserError(f"{run}: made with other settings: {'; '.join(changed)}; choose another --out")
+    if not (run / "run.json").is_file():
+        return
+    stored = read_experiment(run)
+    if stored.files not in (None, files_digest(dataset.cases)):
+        raise UserError(f"{run}: trained on other data ({stored.data}) than {dataset.root} holds; choose another --out")
 
 
 def _scored(
@@ -157,18 +167,33 @@ def _scored(
     device: torch.device,
     progress: bool,
     pictures: int | Sequence[str],
-) -> Table:
-    """The sweep of a run, which includes the clean images, from its file or anew; beside it the evaluation."""
+) -> tuple[Table, list[str]]:
+    """The sweep of a run, which includes the clean images, and the cases that its evaluation has drawn.
+
+    From their files, or anew where these are of other weights.
+    """
     evaluation, sweep = out / "evaluations" / name, out / "robustness" / name
-    if not (evaluation / "metrics.json").is_file():
-        evaluate(run, data, evaluation, pictures=pictures, device=device, progress=progress)
-    if (sweep / "robustness.json").is_file():
-        try:
-            return _table(read_json(sweep / "robustness.json"))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            what = f"damaged ({type(error).__name__}: {error}); without it the sweep is made anew"
-            raise UserError(f"{sweep / 'robustness.json'}: {what}") from error
-    return _table(robustness(run, data, sweep, corruptions=SWEEPS, device=device, progress=progress))
+    weights = weights_digest(load_run(run).model)
+    drawn = _stored(evaluation / "metrics.json", lambda r: (r.get("weights"), list(r["pictures"]["planes"])), weights)
+    if drawn is None:
+        report = evaluate(run, data, evaluation, pictures=pictures, device=device, progress=progress)
+        drawn = list(report["pictures"]["planes"])
+    table = _stored(sweep / "robustness.json", lambda r: (r["run"].get("weights"), _table(r)), weights)
+    if table is None:
+        table = _table(robustness(run, data, sweep, corruptions=SWEEPS, device=device, progress=progress))
+    return table, drawn
+
+
+def _stored(path: Path, read: Callable[[Any], tuple[str | None, Any]], weights: str) -> Any:
+    """What `read` finds in the file beside the digest of the weights; None without a file, or one of other weights."""
+    if not path.is_file():
+        return None
+    try:
+        found, value = read(read_json(path))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"damaged ({type(error).__name__}: {error}); without it, it is made anew"
+        raise UserError(f"{path}: {what}") from error
+    return value if found == weights else None
 
 
 def _table(report: Mapping[str, Any]) -> Table:

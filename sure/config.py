@@ -7,6 +7,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +66,8 @@ class TrainConfig:
     """beta: weight of the gradient supervision on the boundary. Ours, for the correlation; see docs/supervision.md. The
     other forms are of the size of the uncertainty's spread and its square, and want about 50."""
     far_weight: float = 20.0
-    """Ours. Weight of the mean uncertainty far from every boundary."""
+    """Ours. Weight of the mean uncertainty far from every boundary. Where copies are noised, the far term of their
+    loss takes its place, weighted by noise_weight and the last of noise_weights."""
     good_model_step: int | None = None
     """Epoch from which uncertainty is supervised (its weight then rises from 0.01 to 1); None: 30 % of all, as
     published."""
@@ -229,17 +231,28 @@ def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
     return [f"{key} was {old[key]!r}, is {new[key]!r}" for key in new if old[key] != new[key]]
 
 
-SUPERVISION = (
-    "gradient_weight", "far_weight", "good_model_step", "ranking", "margin", "within_class", "relation", "boundary",
-    "near", "far", "soft", "noise", "noise_weight", "noise_weights", "noise_means", "noise_std", "noise_patch",
-    "noise_patches", "noise_statistics",
-)  # fmt: skip
-"""Settings that the supervision of uncertainty alone reads."""
+_NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
+_LAST_OF_OBJECTIVE = _NAMES.index("noise_statistics") + 1
+OBJECTIVE = _NAMES[_NAMES.index("loss") : _LAST_OF_OBJECTIVE]
+"""Settings of the objective."""
+SUPERVISION = _NAMES[_NAMES.index("gradient_weight") : _LAST_OF_OBJECTIVE]
+"""Those that the supervision of uncertainty alone reads."""
 
 
 def unused_settings(config: TrainConfig, start: TrainConfig) -> list[str]:
-    """Settings of the supervision that were changed from `start`, where the loss supervises nothing."""
-    return [n for n in SUPERVISION if config.loss != "sure" and getattr(config, n) != getattr(start, n)]
+    """Settings of the supervision that were changed from `start` and have no effect, with what makes it so."""
+    noise = [name for name in SUPERVISION if name.startswith("noise_")]
+    without: dict[str, Sequence[str]] = {}
+    if config.loss != "sure":
+        without[f"loss {config.loss}"] = SUPERVISION
+    elif config.noise == "off":
+        without["noise off"] = noise
+    else:
+        without[f"noise {config.noise}, whose loss has a far term of its own"] = ("far_weight", "far")
+    changed = {
+        why: [name for name in names if getattr(config, name) != getattr(start, name)] for why, names in without.items()
+    }
+    return [f"{', '.join(names)}: without effect for {why}" for why, names in changed.items() if names]
 
 
 def from_dict(values: dict[str, Any], *, source: str = "configuration") -> TrainConfig:
@@ -260,11 +273,24 @@ def presets() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in _PRESETS.iterdir() if p.name.endswith(".yaml"))
 
 
-def load_preset(name: str) -> TrainConfig:
-    """The settings of a preset; comments in its file say which are published."""
+def load_preset(name: str, base: TrainConfig | None = None) -> TrainConfig:
+    """The settings of a preset, or with `base` its objective alone, times in proportion, the rest as there.
+
+    Comments in a preset's file say which settings are published.
+    """
     if name not in presets():
         raise UserError(f"preset: expected one of {', '.join(presets())}, got {name!r}")
-    return load_config(_PRESETS / f"{name}.yaml")
+    config = load_config(_PRESETS / f"{name}.yaml")
+    if base is None:
+        return config
+    objective = {key: getattr(config, key) for key in OBJECTIVE}
+    for key in ("annealing_steps", "good_model_step"):
+        if objective[key] is not None:
+            objective[key] = round(objective[key] * base.epochs / config.epochs)
+    try:
+        return dataclasses.replace(base, **objective)
+    except UserError as error:
+        raise UserError(f"preset {name}: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):

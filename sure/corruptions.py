@@ -113,7 +113,7 @@ def _spikes(image: Tensor, level: float, seed: int) -> Tensor:
     rng = np.random.default_rng(seed)
     # from an eighth to three eighths of the band on every axis: neither the mean nor a shade over the whole image
     offset = [round(n * rng.uniform(1 / 8, 3 / 8)) * rng.choice((-1, 1)) for n in image.shape[1:]]
-    place = tuple(int(n // 2 + o) for n, o in zip(image.shape[1:], offset, strict=True))
+    place = tuple(int((n // 2 + o) % n) for n, o in zip(image.shape[1:], offset, strict=True))  # k-space is periodic
     intensity = float(np.log(level * image[0].numel()))
     return _tensor(mt.KSpaceSpikeNoise(place, intensity)(image))
 

@@ -201,6 +201,7 @@ def check_cases(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: 
         dataset, cases=tuple(chosen), problems=problems, class_names=run.class_names, channels=run.in_channels
     )
     classes, dims = run.num_classes, run.config.spatial_dims
+    _check_classes(run, dataset)
     _, faults = check_dataset(subset, num_classes=classes, spatial_dims=dims, progress=progress)
     if faults:
         raise UserError(f"{dataset.root}: {len(faults)} faults:\n{format_faults(faults)}")
@@ -208,6 +209,18 @@ def check_cases(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: 
         raise UserError(f"{dataset.root}: no case to evaluate")
     if progress:
         tqdm.write(_choice(run, dataset, chosen, cases_from), file=sys.stderr)
+
+
+def _check_classes(run: Run, dataset: Dataset) -> None:
+    """UserError where the data set declares a class of the run under another number: classes go by number."""
+    numbers = {name: k for k, name in enumerate(run.class_names)}
+    moved = [
+        f"{name} is {k}, {numbers[name]} in the run"
+        for k, name in enumerate(dataset.class_names or ())
+        if numbers.get(name, k) != k
+    ]
+    if moved:
+        raise UserError(f"{dataset.root}: expected the run's classes, found other numbers: {'; '.join(moved)}")
 
 
 def _choice(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str) -> str:
@@ -218,6 +231,9 @@ def _choice(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: str)
     for names, what in ((left, "left out"), (missing, "held out by the run, but not here")):
         if names:
             parts.append(f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else ""))
+    named = [(own, its) for own, its in zip(run.class_names, dataset.class_names or (), strict=False) if own != its]
+    if named:
+        parts.append("classes go by number: " + ", ".join(f"{its} as {own}" for own, its in named))
     return "; ".join(parts)
 
 
@@ -241,9 +257,10 @@ def _cuts(run: Run, dataset: Dataset, case: Case) -> tuple[tuple[figures.Plane, 
     loaded = load_case(case, ignore_label=dataset.ignore_label)
     assert loaded.label is not None
     result = infer(run, loaded.image[None])
-    truth = torch.where(loaded.label == IGNORE, 0, loaded.label)[0].numpy()
+    counted = (loaded.label != IGNORE)[0]  # elsewhere neither is drawn nor counted as wrong
+    truth, label = (torch.where(counted, t, 0).numpy() for t in (loaded.label[0], result.label))
     image, uncertainty = loaded.image[0].numpy(), result.uncertainty[0].numpy()
-    volumes = (image, truth, result.label.numpy(), uncertainty, loaded.affine)
+    volumes = (image, truth, label, uncertainty, loaded.affine)
     return figures.planes(*volumes), stack(*volumes)
 
 

@@ -53,6 +53,7 @@ class DiceCE(nn.Module):
         noised: Network | None = None,
         images_ratio: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision holds no sum of a volume
         target = label.long()
         counted = (target != IGNORE).to(logits.dtype)
         present = torch.where(target == IGNORE, 0, target)

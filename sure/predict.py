@@ -21,8 +21,8 @@ from sure.errors import UserError
 from sure.files import check_writable, resolved
 from sure.inference import infer_slabs
 
-QUANTISED = {"uint8": 1 / 255, "uint16": 1 / 65535}
-"""Types that uncertainty can be stored in, and their steps: all of them reach 1."""
+QUANTISED = {"uint8": float(np.nextafter(np.float32(1 / 255), 0)), "uint16": float(np.float32(1 / 65535))}
+"""Types that uncertainty can be stored in, and their steps in float32, as headers hold them: none exceeds 1."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
@@ -151,10 +151,22 @@ def _group_channels(files: Sequence[Path], channels: int) -> list[Case]:
     groups: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for path in dict.fromkeys(files):
         match = _CHANNEL.fullmatch(stem(path))
+        # In a run of one channel two files never share a case, and numbers other than 0000 are those of cases.
+        if match and channels == 1 and (match["channel"] != "0000" or _numbered(path, match["case"])):
+            match = None
         name = match["case"] if match else stem(path)
-        # In a run of one channel two files never share a case, whatever they are called
         groups[path.parent if match and channels > 1 else path, name].append(path)
+    if channels > 1:
+        for (_, name), paths in groups.items():
+            found = sorted(match["channel"] for path in paths if (match := _CHANNEL.fullmatch(stem(path))))
+            if found != [f"{i:04d}" for i in range(len(found))]:
+                raise UserError(f"{paths[0]}: expected channels of {name} from 0000 on, found {', '.join(found)}")
     return [Case(name, tuple(sorted(paths)), None) for (_, name), paths in groups.items()]
+
+
+def _numbered(path: Path, case: str) -> bool:
+    """Whether CASE_0000 is one of several that are numbered."""
+    return any((path.parent / f"{case}_0001{suffix}").exists() for suffix in SUFFIXES)
 
 
 def _check_images(cases: Sequence[Case], run: Run, progress: bool) -> list[Fault]:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 import sure
-from sure.checkpoint import Run
+from sure.checkpoint import Run, weights_digest
 from sure.errors import UserError
 from sure.files import check_writable, read_json
 
@@ -73,6 +73,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "model": run.config.model,
         "spatial_dims": run.config.spatial_dims,
         "class_names": list(run.class_names),
+        "weights": weights_digest(run.model),
     }
 
 

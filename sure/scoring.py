@@ -251,7 +251,13 @@ def _ranks(suffix: str, x: Tensor, y: Tensor, mask: Tensor) -> Measured:
 
 
 def _distances(mine: Tensor, theirs: Tensor, spacing: Sequence[float]) -> tuple[float, float]:
-    """HD95 and ASSD in mm of two masks (*spatial), neither empty, from one search each way."""
+    """HD95 and ASSD in mm of two masks (*spatial), neither empty, from one search each way.
+
+    A volume one voxel deep is the image that it is: across it every voxel would be a surface.
+    """
+    flat = [axis for axis, n in enumerate(mine.shape) if n == 1][: mine.ndim - 2]
+    mine, theirs = (mask.squeeze(flat) for mask in (mine, theirs)) if flat else (mine, theirs)
+    spacing = [step for axis, step in enumerate(spacing) if axis not in flat]
     edges = get_mask_edges(mine, theirs)
     ways = [
         torch.as_tensor(get_surface_distance(a, b, spacing=list(spacing))).double() for a, b in (edges, edges[::-1])

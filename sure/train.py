@@ -49,6 +49,7 @@ from sure.data import (
     TrainingData,
     check_dataset,
     discover,
+    files_digest,
     format_faults,
     load_case,
     spacings_differ,
@@ -66,7 +67,7 @@ from sure.distributed import (
     whole,
 )
 from sure.errors import SharedError, UserError
-from sure.files import check_writable, write_text
+from sure.files import check_writable, resolved, write_text
 from sure.inference import infer
 from sure.models import build_model, checkpoint_activations
 from sure.objective import build_objective, frozen_statistics
@@ -266,7 +267,9 @@ def _prepare(
         tqdm.write(f"{data}: leaving out {len(bad)} cases with faults\n{table}", file=sys.stderr)
         if not dataset.cases:
             raise UserError(f"{data}: no case without faults is left")
-        num_classes, _ = check_dataset(dataset)  # what the rejected cases held does not count
+        num_classes, faults = check_dataset(dataset)  # what the rejected cases held does not count
+        if faults:
+            raise UserError(f"{data}: without these cases {len(faults)} faults are left\n{format_faults(faults)}")
     note = spacings_differ(dataset)
     if progress and note:
         tqdm.write(f"{data}: {note}; nothing is resampled, and the losses count in voxels", file=sys.stderr)
@@ -283,6 +286,7 @@ def _prepare(
         tuple(c.name for c in chosen),
         tuple(c.name for c in held_out),
         dataset.ignore_label,
+        files_digest(cases),
     )
     return dataset, experiment, cases
 
@@ -309,8 +313,8 @@ def _check_run_folder(out: Path, config: TrainConfig, experiment: Experiment, *,
     stored = read_experiment(out)
     changed += [
         f"{k} of the data set changed"
-        for k in ("num_classes", "in_channels", "train", "held_out")
-        if getattr(stored, k) != getattr(experiment, k)
+        for k in ("num_classes", "in_channels", "train", "held_out", "files")
+        if getattr(stored, k) not in (getattr(experiment, k), None)
     ]
     if changed:
         raise UserError(f"{out}: cannot resume another run: {'; '.join(changed)}")
@@ -483,8 +487,12 @@ class _Trainer:
             counted = loaded.label != IGNORE
             predicted = torch.where(counted[0], infer(run, loaded.image[None]).label, 0)
             truth = torch.where(counted, loaded.label, 0)[None]
-            dice = DiceMetric(include_background=False, num_classes=self.experiment.num_classes)
-            scores.append(dice(predicted[None, None], truth)[0].tolist())  # type: ignore[union-attr, index]
+            k = self.experiment.num_classes
+            dice = DiceMetric(include_background=False, num_classes=k, ignore_empty=False)
+            values = dice(predicted[None, None], truth)[0].tolist()  # type: ignore[union-attr, index]
+            # As in evaluation: undefined where neither has the class, which MONAI counts as 1.
+            there = [bool((predicted == c).any() or (truth == c).any()) for c in range(1, k)]
+            scores.append([v if known else math.nan for v, known in zip(values, there, strict=True)])
         per_case = torch.tensor([row for part in self.processes.gather(scores) for row in part])
         values = per_case.nanmean(0).tolist()
         known = [v for v in values if not math.isnan(v)]
@@ -570,7 +578,8 @@ def _check_warm_start(checkpoint: Path, experiment: Experiment) -> None:
         return
     source = read_experiment(folder)
     seen = sorted(set(source.train) & set(experiment.held_out))
-    if source.data == experiment.data and seen:
+    same = resolved(Path(source.data)) == resolved(Path(experiment.data)) or source.files == experiment.files
+    if same and seen:
         raise UserError(
             f"warm_start: {checkpoint} was trained on {len(seen)} cases that this fold holds out, {seen[0]} among them"
         )

@@ -1,7 +1,7 @@
 """Data sets on disk, their checks, loading and saving, and synthetic phantoms."""
 
 from sure.data.checks import check_dataset, format_faults, spacings_differ
-from sure.data.layouts import Case, Dataset, Fault, discover
+from sure.data.layouts import Case, Dataset, Fault, discover, files_digest
 from sure.data.loading import (
     IGNORE,
     EvaluationCase,
@@ -26,6 +26,7 @@ __all__ = [
     "UnreadableError",
     "check_dataset",
     "discover",
+    "files_digest",
     "format_faults",
     "load_case",
     "load_image",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -60,6 +61,15 @@ class Dataset:
     """Label value of voxels that count nowhere (nnU-Net's "ignore")."""
     channels: int | None = None
     """Image channels declared by the layout."""
+
+
+def files_digest(cases: Iterable[Case]) -> str:
+    """SHA-256 of the cases' names and the sizes of their files: other data have another one, wherever they lie."""
+    digest = hashlib.sha256()
+    for case in sorted(cases, key=lambda c: c.name):
+        files = [*case.images, *([] if case.label is None else [case.label])]
+        digest.update(repr((case.name, [path.stat().st_size for path in files])).encode())
+    return digest.hexdigest()
 
 
 def discover(root: Path, *, images: Path | None = None, labels: Path | None = None) -> Dataset:

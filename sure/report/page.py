@@ -129,11 +129,13 @@ def _load(folders: Sequence[Path]) -> list[_Evaluation]:
         evaluations.append((folder, TITLES.get(values["loss"], values["loss"]), values))
     if not evaluations:
         raise UserError("evaluations: expected at least one folder that sure evaluate wrote")
-    names = [name for _, name, _ in evaluations]
-    names = [
-        name if names.count(name) == 1 else f"{name} ({folder.name})"
-        for (folder, _, _), name in zip(evaluations, names, strict=True)
-    ]
+    losses = [name for _, name, _ in evaluations]
+    names = losses
+    for depth in (1, 2, 3):  # arms of a comparison differ in a folder above their fold's
+        if len(set(names)) < len(names):
+            places = ["/".join(folder.resolve().parts[-depth:]) for folder, _, _ in evaluations]
+            named = zip(losses, places, strict=True)
+            names = [name if losses.count(name) == 1 else f"{name} ({place})" for name, place in named]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"evaluations: expected distinct folder names, got {', '.join(twice)} twice")
@@ -172,9 +174,9 @@ def _read(folder: Path, what: str) -> dict[str, Any]:
 
 
 def _same_run(evaluation: dict[str, Any], run: dict[str, Any]) -> bool:
-    return evaluation["checkpoint"] == run["checkpoint"] and (
-        Path(evaluation["run"]).resolve() == Path(run["path"]).resolve()
-    )
+    told = [key for key in ("checkpoint", "epoch", "weights") if key in evaluation and key in run]
+    same = all(evaluation[key] == run[key] for key in told)
+    return same and Path(evaluation["run"]).resolve() == Path(run["path"]).resolve()
 
 
 def _summary(values: dict[str, Any]) -> Pairs:

@@ -38,12 +38,14 @@ class Stack:
     """Width and height in mm."""
     view: str
     """"axial", "coronal" or "sagittal"; "" of a 2D image."""
+    reduced: bool = False
+    """Whether voxels or slices are left out."""
 
     def every(self, within: int, between: int) -> Stack:
         """Every `within`-th row and column of every `between`-th slice, the one with most foreground among them."""
         first = self.fullest % between
         cut = {name: getattr(self, name)[first::between, ::within, ::within] for name in ARRAYS}
-        return replace(self, **cut)
+        return replace(self, **cut, reduced=self.reduced or (within, between) != (1, 1))
 
     @property
     def fullest(self) -> int:
@@ -88,7 +90,8 @@ def stack(
 def arrays_of(cut: Stack) -> dict[str, NDArray]:
     """For a file of arrays; `stack_of` undoes it."""
     arrays = {f"slices_{name}": getattr(cut, name) for name in ARRAYS}
-    return arrays | {"slices_size": np.array(cut.size), "slices_view": np.array(cut.view)}
+    rest = {name: np.array(getattr(cut, name)) for name in ("size", "view", "reduced")}
+    return arrays | {f"slices_{name}": value for name, value in rest.items()}
 
 
 def stack_of(stored: Any) -> Stack | None:
@@ -98,7 +101,8 @@ def stack_of(stored: Any) -> Stack | None:
     width, height = stored["slices_size"]
     size, view = (float(width), float(height)), str(stored["slices_view"])
     image, truth, prediction, uncertainty = (stored[f"slices_{name}"] for name in ARRAYS)
-    return Stack(image, truth, prediction, uncertainty, size, view)
+    reduced = "slices_reduced" in stored and bool(stored["slices_reduced"])  # older files do not tell
+    return Stack(image, truth, prediction, uncertainty, size, view, reduced)
 
 
 def viewer(stacks: dict[str, Stack], limit: int) -> dict[str, Any] | None:
@@ -132,7 +136,7 @@ def viewer(stacks: dict[str, Stack], limit: int) -> dict[str, Any] | None:
         }
         images = [found["image"], found["truth"]] + [run[key] for run in found["runs"] for key in run if key != "name"]
         if sum(map(len, images)) <= limit:
-            return found | {"view": first.view, "reduced": (within, between) != (1, 1)}
+            return found | {"view": first.view, "reduced": any(cut.reduced for cut in cuts.values())}
     return None
 
 

@@ -197,6 +197,7 @@ def test_quantised_uncertainty(data, run, tmp_path, kind):
     assert step == pytest.approx(1 / np.iinfo(kind).max, rel=1e-6)
     stored = np.asarray(after.dataobj.get_unscaled()).ravel()
     assert len(np.unique(stored)) > 20
+    assert Fraction(int(np.iinfo(kind).max)) * Fraction(step) <= 1
     truth = before.get_fdata().ravel()
     worst = max(abs(Fraction(int(s)) * Fraction(step) - Fraction(t)) for s, t in zip(stored, truth, strict=True))
     assert worst <= Fraction(step) / 2

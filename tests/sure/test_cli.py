@@ -72,6 +72,12 @@ def test_settings_without_effect_are_told(tmp_path, capsys):
     assert main([*args, "--out", str(tmp_path / "a"), "--ranking", "exact", "--gradient-weight", "5"]) == 0
     told = "sure: gradient_weight, ranking: without effect for loss edl"
     assert told in capsys.readouterr().err.splitlines()
+    noised = ["--loss", "sure", "--noise", "images", "--far-weight", "5", "--noise-std", "0.2"]
+    assert main([*args, *noised, "--out", str(tmp_path / "c")]) == 0
+    told = "sure: far_weight: without effect for noise images, whose loss has a far term of its own"
+    assert told in capsys.readouterr().err.splitlines()
+    assert main([*args, "--loss", "sure", "--noise-std", "0.2", "--out", str(tmp_path / "d")]) == 0
+    assert "sure: noise_std: without effect for noise off" in capsys.readouterr().err.splitlines()
     preset = ["--preset", "sure-acdc", "--spatial-dims", "3"]
     assert main([*args, *preset, "--out", str(tmp_path / "b")]) == 0
     assert "without effect" not in capsys.readouterr().err
@@ -152,10 +158,10 @@ def test_pictures_by_number_or_name(monkeypatch, tmp_path):
         return {"summary": {}}
 
     monkeypatch.setattr("sure.evaluate.evaluate", evaluate)
-    for given in ([], ["2"], ["case_a"], ["case_a", "7"]):
+    for given in ([], ["2"], ["case_a"], ["case_a", "7"], ["006"]):
         flags = ["--pictures", *given] if given else []
         assert main(["evaluate", "run", "data", "--out", str(tmp_path / "eval"), *flags]) == 0
-    assert seen == [3, 2, ("case_a",), ("case_a", "7")]
+    assert seen == [3, 2, ("case_a",), ("case_a", "7"), ("006",)]
 
 
 def test_config_goes_before_preset(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,45 @@ def test_other_settings_are_refused_before_any_work(compared, data):
     ):
         compare(data, out, ["edl", "sure"], replace(TINY, lr=0.01), folds=[0], device="cpu", progress=False)
     assert (out / "comparison.json").stat().st_mtime_ns == before
+
+
+def test_other_data_are_refused_before_any_work(compared, tmp_path):
+    _, out, _ = compared
+    other = write_phantoms(tmp_path / "phantoms", cases=6, shape=(16, 16, 16), seed=5)
+    with pytest.raises(
+        UserError, match=r"edl/fold-0: trained on other data \(.*\) than .* holds; choose another --out"
+    ):
+        compare(other, out, ["edl", "sure"], TINY, folds=[0], device="cpu", progress=False)
+
+
+def test_scores_of_other_weights_are_made_anew(compared, data, tmp_path):
+    _, out, report = compared
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/runs")
+    settings = replace(TINY, lr=0.02)
+    again = compare(data, tmp_path / "out", ["edl", "sure"], settings, folds=[0], device="cpu", progress=False)
+    fresh = compare(data, tmp_path / "new", ["edl", "sure"], settings, folds=[0], device="cpu", progress=False)
+    assert again["results"] == fresh["results"]
+    assert again["results"][0]["folds"] != report["results"][0]["folds"][:1]
+    for name in ("edl", "sure"):
+        stored = [
+            json.loads((tmp_path / x / f"evaluations/{name}/fold-0/metrics.json").read_text()) for x in ("out", "new")
+        ]
+        assert stored[0]["cases"] == stored[1]["cases"]
+
+
+def test_a_preset_arm_brings_its_objective_alone(tmp_path):
+    """What all arms share stays; times are shares of the epochs."""
+    found = module._arms(["edl", "sure-acdc", "prius-whs"], replace(TINY, good_model_step=None, epochs=10))
+    acdc, whs = found["sure-acdc"], found["prius-whs"]
+    for key in ("spatial_dims", "patch_size", "channels", "folds", "epochs", "batch_size", "lr", "augment", "norm"):
+        assert getattr(acdc, key) == getattr(whs, key) == getattr(found["edl"], key)
+    assert (acdc.ranking, acdc.noise, acdc.annealing_steps, acdc.good_model_step) == ("exact", "patches", 2, 3)
+    assert whs.good_model_step == 5
+    assert whs.within_class
+    (tmp_path / "split.yaml").write_text("seed: 3\n")
+    with pytest.raises(UserError, match=r"split.yaml: sets seed, which decide the cases that all arms are to share"):
+        module._arms(["edl", str(tmp_path / "split.yaml")], TINY)
 
 
 @pytest.mark.parametrize(

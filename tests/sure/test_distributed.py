@@ -272,6 +272,19 @@ def test_shards_cover_an_order_once_but_for_what_fills_up():
     assert list(training._Shard(torch.utils.data.SequentialSampler(range(1)), Processes(3, 4))) == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dice_ce_sums_half_precision_in_float32(dtype):
+    """More voxels than float16 counts."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((1, 3, 48, 48, 48), generator=generator).to(dtype)
+    label = torch.randint(0, 3, (1, 1, 48, 48, 48), generator=generator)
+    objective = build_objective(TrainConfig(loss="dice_ce"))
+    value, terms = objective(logits, label, logits)
+    expected, exact = objective(logits.float(), label, logits)
+    assert torch.equal(value, expected)
+    assert terms == exact
+
+
 def test_dice_ce_is_monais():
     """Summed here, so that it may run over the ranks; a batch without padding is what MONAI's own covers."""
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -15,7 +16,7 @@ from sklearn.metrics import f1_score
 from tiny_run import AFFINE, CLASSES, SHAPE, make_run, write_case, write_data
 
 import sure.evaluate
-from sure.data import IGNORE, Case, load_case
+from sure.data import IGNORE, Case, discover, load_case
 from sure.errors import UserError
 from sure.evaluate import evaluate
 from sure.inference import infer
@@ -227,6 +228,40 @@ def test_what_is_scored_is_told(run, tmp_path, capsys):
     evaluate(run.path, root, tmp_path / "eval", pictures=0)
     told = f"{root}: 1 of 2 cases (held-out); left out: case_1; held out by the run, but not here: case_2"
     assert told in capsys.readouterr().err.splitlines()
+
+
+def test_classes_under_other_numbers_are_refused(run, tmp_path, capsys):
+    root = write_data(tmp_path / "data", 3)
+    for old, new in (("images", "imagesTr"), ("labels", "labelsTr")):
+        (root / old).rename(root / new)
+    names = [f"case_{i}" for i in range(3)]
+    listed = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names]
+
+    def declare(*classes):
+        labels = {str(i): name for i, name in enumerate(classes)}
+        (root / "dataset.json").write_text(json.dumps({"training": listed, "labels": labels}))
+
+    declare("background", "core", "shell")
+    with pytest.raises(UserError, match=r"found other numbers: core is 1, 2 in the run; shell is 2, 1 in the run"):
+        evaluate(run.path, root, tmp_path / "eval", pictures=0, progress=False)
+    declare("background", "shell", "centre")
+    evaluate(run.path, root, tmp_path / "eval", pictures=0)
+    assert "; classes go by number: centre as core" in capsys.readouterr().err
+
+
+def test_ignored_voxels_are_drawn_as_background(run, tmp_path):
+    _, label = write_case(tmp_path / "data", "case_0", 0)
+    stored = nib.load(label)
+    values = np.asarray(stored.dataobj).copy()
+    values[:, :10] = IGNORE
+    nib.save(nib.Nifti1Image(values, stored.affine), label)
+    dataset = dataclasses.replace(discover(tmp_path / "data"), ignore_label=IGNORE)
+    _, slices = sure.evaluate._cuts(run, dataset, dataset.cases[0])
+    case = load_case(dataset.cases[0], ignore_label=IGNORE)
+    result = infer(run, case.image[None])
+    wrong = (result.label != case.label[0]) & (case.label[0] != IGNORE)
+    assert bool(((result.label > 0) & (case.label[0] == IGNORE)).any())
+    assert int((slices.truth != slices.prediction).sum()) == int(wrong.sum())
 
 
 def test_flat_images_of_a_3d_run_are_named(run, tmp_path):

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+from sure.checkpoint import load_run, weights_digest
 from sure.cli import main
 from sure.files import atomic_folder, write_text
 
@@ -154,13 +155,14 @@ def threshold(value: object):
     return lambda: edit_json("run/calibration.json", change)
 
 
-def damaged_sweep() -> None:
-    """A comparison of which one sweep is torn."""
+def damaged_comparison(torn: str) -> None:
+    """A comparison of which the evaluations or the sweeps are torn."""
+    evaluation = {"weights": weights_digest(load_run(Path("run")).model), "pictures": {"planes": {}}}
     for arm in ("edl", "sure"):
         for part, file in (("evaluations", "metrics.json"), ("robustness", "robustness.json")):
             folder = Path("new") / part / arm / "fold-0"
             folder.mkdir(parents=True)
-            (folder / file).write_text("{")
+            (folder / file).write_text("{" if file == torn else json.dumps(evaluation))
         run = Path("new/runs") / arm / "fold-0"
         shutil.copytree("run", run)
         text = (run / "config.yaml").read_text()
@@ -357,9 +359,14 @@ BAD = {
     "threshold -3": (threshold(-3), ABSTAIN, "expected thresholds from 0 to 1 or null, found -3"),
     "threshold of words": (threshold("high"), ABSTAIN, "expected thresholds from 0 to 1 or null, found 'high'"),
     "sweep cut short": (
-        damaged_sweep,
+        lambda: damaged_comparison("robustness.json"),
         [*COMPARE, "--run-folds", "0"],
         "robustness.json: damaged",
+    ),
+    "evaluation of a comparison cut short": (
+        lambda: damaged_comparison("metrics.json"),
+        [*COMPARE, "--run-folds", "0"],
+        "metrics.json: damaged",
     ),
     "pickle that runs a program": (pickled, PREDICT, "final.pt: not a checkpoint that can be loaded safely"),
     "checkpoint that runs a program": (

@@ -229,6 +229,25 @@ class TestFiles:
         image, _ = write_case(tmp_path / "data", "a_0000", 1)
         assert [case.name for case in collect_cases([image], 1)] == ["a"]
 
+    def test_numbers_of_cases_are_no_channels(self, use_run, tmp_path):
+        use_run()
+        for i in (0, 1, 2):
+            write_case(tmp_path / "data", f"amos_000{i}", i)
+        folder = tmp_path / "data" / "images"
+        written = predict(tmp_path / "run", [folder], tmp_path / "out", progress=False)
+        assert [p.name for p in written[::2]] == [f"amos_000{i}_seg.nii.gz" for i in (0, 1, 2)]
+        for i in (0, 2):
+            assert collect_cases([folder / f"amos_000{i}.nii.gz"], 1)[0].name == f"amos_000{i}"
+
+    def test_channels_have_no_gaps(self, use_run, tmp_path):
+        use_run(channels=2)
+        folder = tmp_path / "data" / "images"
+        for i in (1, 2):
+            write_case(tmp_path / "data", f"brain_000{i}", i)
+        with pytest.raises(UserError, match="expected channels of brain from 0000 on, found 0001, 0002"):
+            predict(tmp_path / "run", [folder], tmp_path / "none", progress=False)
+        assert not (tmp_path / "none").exists()
+
     def test_every_fault_in_one_table(self, use_run, tmp_path):
         use_run()
         good, _ = write_case(tmp_path / "data", "good", 1)

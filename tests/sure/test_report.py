@@ -240,6 +240,11 @@ def test_sweeps_stand_beside_their_runs(evaluations, tmp_path, undrawn):
         write_report([*evaluations, folder, tmp_path / "again"], tmp_path / "no.html")
     with pytest.raises(UserError, match="expected at least one folder that sure evaluate wrote"):
         write_report([folder], tmp_path / "no.html")
+    for key, value in (("weights", "other"), ("epoch", stored["epoch"] + 1)):
+        trained_again = sweep | {"run": sweep["run"] | {key: value}}
+        (folder / "robustness.json").write_text(json.dumps(trained_again))
+        with pytest.raises(UserError, match="of which no evaluation was given"):
+            write_report([folder, *evaluations], tmp_path / "no.html")
 
 
 def test_severity_curves_start_at_the_clean_image(evaluations):
@@ -347,6 +352,17 @@ def test_slices_across_the_thickest_voxels():
     cut = slices.stack(large, large, large, large, np.eye(4))
     assert cut.image.shape == (67, 5, 150)
     assert cut.size == (300.0, 10.0)
+    assert cut.reduced
+    with io.BytesIO() as file:
+        np.savez(file, **slices.arrays_of(cut))
+        file.seek(0)
+        assert slices.viewer({"A": slices.stack_of(np.load(file))}, 10**7)["reduced"]
+
+
+def test_arms_of_a_comparison_are_told_apart_by_their_folders(evaluations, tmp_path):
+    folders = [edited(tmp_path / arm / "fold-0", evaluations[0]) for arm in ("weak", "strong")]
+    names = [run.name for run in report_page._load(folders)]
+    assert names == ["EDL (weak/fold-0)", "EDL (strong/fold-0)"]
 
 
 def test_viewer_shrinks_to_the_room_there_is():

@@ -85,10 +85,10 @@ class TestCorruptions:
     @pytest.mark.parametrize("name", CORRUPTIONS)
     def test_shapes(self, name):
         corruption = CORRUPTIONS[name]
-        for shape in ((1, 9, 8), (2, 9, 8, 7), (1, 5, 4, 1)):
+        for shape in ((1, 9, 8), (2, 9, 8, 7), (1, 5, 4, 1), (1, 9, 8, 2)):
             image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            for one in (image, torch.zeros(shape)):
-                worse = corruption(one, corruption.levels[2], 0)
+            for one, seed in itertools.product((image, torch.zeros(shape)), range(4)):
+                worse = corruption(one, corruption.levels[2], seed)
                 assert worse.shape == shape
                 assert torch.isfinite(worse).all()
 

@@ -18,7 +18,7 @@ from sure.data import IGNORE, EvaluationCase
 from sure.evaluate import noise_maps, noise_response
 from sure.inference import Inference, infer
 from sure.results import summarise
-from sure.scoring import BOUNDARY, REACH, CaseScorer, joined, pooled, risk_coverage
+from sure.scoring import BOUNDARY, REACH, CaseScorer, _distances, joined, pooled, risk_coverage
 from sure_kernels.metrics import calibration_error_detection
 
 SHAPE = (9, 10, 8)
@@ -118,6 +118,16 @@ def test_perfect_prediction(run):
     assert scored.values["ace"] == pytest.approx(0, abs=1e-6)  # from a histogram
     for key in ("ueo", "auroc", "auprc"):
         assert scored.undefined[key] == "nothing that counts is wrong"
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_distances_of_a_flat_volume_are_those_of_the_image(axis):
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = (torch.rand((2, 12, 11), generator=generator) < 0.3).unbind()
+    spacing = [2.0, 0.5]
+    expected = _distances(mine, theirs, spacing)
+    spacing.insert(axis, 9.0)
+    assert _distances(mine.unsqueeze(axis), theirs.unsqueeze(axis), spacing) == expected
 
 
 def test_all_wrong(run):

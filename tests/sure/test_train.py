@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from tiny_run import write_data
 
 from sure.checkpoint import checkpoint_path, load_run, read_checkpoint
 from sure.config import TrainConfig, from_dict, load_config, load_preset, presets, to_dict
 from sure.data import IGNORE, write_phantoms
 from sure.errors import UserError
+from sure.evaluate import evaluate
 from sure.files import atomic
 from sure.models import build_model, checkpoint_activations
 from sure.objective import build_objective
@@ -242,6 +245,54 @@ def test_faulty_data_stops_before_anything_is_written(phantoms, tmp_path):
     assert len(experiment["train"]) + len(experiment["held_out"]) == 3
 
 
+def test_classes_with_a_gap_after_skipping_are_refused(tmp_path):
+    """The case left out held the only voxels of class 2."""
+    root = write_data(tmp_path / "data", 4)
+    for i in range(4):
+        path = root / f"labels/case_{i}.nii.gz"
+        label = nib.load(path)
+        values = np.asarray(label.dataobj).copy()
+        values[values == 2] = 3
+        if i == 0:
+            values[values.nonzero()[0][:3], 5, 5] = 2
+        nib.save(nib.Nifti1Image(values, label.affine), path)
+    image = nib.load(root / "images/case_0.nii.gz")
+    broken = image.get_fdata().astype(np.float32)
+    broken[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(broken, image.affine), root / "images/case_0.nii.gz")
+    with pytest.raises(UserError, match=r"without these cases 3 faults are left(.|\n)*0 to 1 without gaps, found 3"):
+        train(root, tmp_path / "run", TINY, skip_bad=True, device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_are_known_by_more_than_their_names(phantoms, finished, tmp_path):
+    """The same under another path is the same; others of the same names are not."""
+    begun = tmp_path / "run"
+    shutil.copytree(finished, begun)
+    checkpoint_path(begun, "final").unlink()
+    moved = shutil.copytree(phantoms, tmp_path / "moved")
+    train(moved, begun, TINY, resume=True, device="cpu", progress=False)
+    images = sorted((moved / "imagesTr").glob("*.nii.gz"))
+    image = nib.load(images[0])
+    nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float32) + 1, image.affine), images[0])
+    with pytest.raises(UserError, match="cannot resume another run: files of the data set changed"):
+        train(moved, begun, TINY, resume=True, device="cpu", progress=False)
+    older = json.loads((begun / "run.json").read_text())
+    del older["files"]
+    (begun / "run.json").write_text(json.dumps(older))
+    train(moved, begun, TINY, resume=True, device="cpu", progress=False)
+
+
+def test_validation_counts_what_evaluation_counts(phantoms, finished, tmp_path):
+    run = load_run(finished)
+    report = evaluate(finished, phantoms, tmp_path / "eval", pictures=0, progress=False)
+    config = replace(TINY, epochs=TINY.epochs, validate_every=1)
+    again = train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
+    last = json.loads((again / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in run.class_names[1:]:
+        assert last[f"dice {name}"] == pytest.approx(report["summary"][f"dice/{name}"]["mean"])
+
+
 def test_warm_start(phantoms, finished, tmp_path):
     config = replace(TINY, epochs=2, lr=1e-12, warm_start=checkpoint_path(finished, "final"))
     run = train(phantoms, tmp_path / "run", config, device="cpu", progress=False)
@@ -249,6 +300,10 @@ def test_warm_start(phantoms, finished, tmp_path):
         torch.testing.assert_close(value, weights(finished)[key], atol=1e-6, rtol=0)
     with pytest.raises(UserError, match="was trained on 2 cases that this fold holds out"):
         train(phantoms, tmp_path / "fold", replace(config, fold=1), device="cpu", progress=False)
+    moved = shutil.copytree(phantoms, tmp_path / "moved")
+    for same in (phantoms / ".." / phantoms.name, moved):
+        with pytest.raises(UserError, match="was trained on 2 cases that this fold holds out"):
+            train(same, tmp_path / "fold", replace(config, fold=1), device="cpu", progress=False)
     other = replace(config, channels=(4, 16))
     with pytest.raises(UserError, match=r"final\.pt: weights do not fit"):
         train(phantoms, tmp_path / "other", other, device="cpu", progress=False)
