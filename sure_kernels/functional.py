@@ -604,7 +604,7 @@ def supervised_evidential_loss(
         band: `boundary_band` (N, 1, *spatial) computed once; goes before `distance`.
         supervision: `covariance`, `correlation` (divided by std(u) as well), or `exact`: the pairwise ranking over all
             pairs of an image's boundary voxels, `gradient_uncertainty_loss`, in place of C. It reads the logits once
-            more, keeps a float32 map for backward, and on a GPU makes the host wait once.
+            more, keeps a float32 map for backward, and on a GPU makes the host wait.
         within_class: compare only voxels of one label; for `exact`.
         margin: for `correlation`: C = relu(corr(u, g) + margin), which goes on until the correlation is -margin (for
             `increasing` +margin), 0 to 1. With 0 no more than the sign of the relation is asked for.
@@ -869,7 +869,8 @@ def pairwise_ranking_loss(
             with `groups` the sum over groups of their means, as PriUS has it.
 
     Returns:
-        0-d float32, float64 for float64 values. On a GPU a mask or groups make the host wait once.
+        0-d float32, float64 for float64 values. On a GPU a mask or groups make the host wait, and float64 values, which
+        no kernel takes, are added up by torch, whose sums there need not repeat to the bit.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

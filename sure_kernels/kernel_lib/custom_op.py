@@ -17,6 +17,8 @@ from torch import Tensor
 # How many modes (fake tensors, tracing, counters, ...) see every op; profilers do as well. Not part of torch's public
 # interface: where it is missing, the dispatcher is always asked.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# Graphs that Inductor records leave such ops out (torch 2.9 and later).
+_UNCAPTURED = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _LISTS = {list, tuple}
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), str, int, float, bool} | _LISTS
 
@@ -33,14 +35,17 @@ def _plain(arguments: Sequence[Any], recorded: bool, of_tensors: bool) -> bool:
     return not of_tensors or all(_plain(x, recorded, False) for x in arguments if type(x) in _LISTS)
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+def custom_op(name: str, *, recorded: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: register a function that changes none of its arguments as the custom op `name`.
+
+    `recorded`: whether Inductor may take it into CUDA graphs. Not where the host waits, nor where tensors are kept from
+    call to call: made while a graph warms up, they would lie in memory that belongs to the graph.
 
     What it returns is called as the op is, positionally; `.op` is the registered one and `register_fake` its.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(name, function, mutates_args=())
+        op = torch.library.custom_op(name, function, mutates_args=(), tags=() if recorded else _UNCAPTURED)
         of_tensors = "Tensor[]" in torch.library.infer_schema(function, mutates_args=())
 
         @functools.wraps(function)

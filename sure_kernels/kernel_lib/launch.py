@@ -52,6 +52,11 @@ def _spills(compiled: Any, grid: tuple[int, ...]) -> int:
     return compiled.n_spills
 
 
+def _finished(compiled: Any) -> Any:
+    """The compiled kernel; under Triton's AsyncCompileMode it is a promise of one."""
+    return compiled.result() if hasattr(compiled, "result") else compiled
+
+
 def _hooked(hook: Any) -> bool:
     """Whether somebody, a profiler say, wants to know of launches: a hook, from Triton 3.5 on a chain of them."""
     return hook is not None and bool(getattr(hook, "calls", True))
@@ -104,13 +109,13 @@ class Launch:
         key: tuple[Any, ...] = tuple(map(_dtype_of, tensors))
         addresses = list(map(Tensor.data_ptr, tensors))
         if functools.reduce(or_, addresses) % _ALIGNMENT:
-            key += tuple([address % _ALIGNMENT for address in addresses])
+            key += tuple([address % _ALIGNMENT == 0 for address in addresses])
         found = self._found.get(key)
         if found is not None:
             # Of tensors Triton asks the driver, one by one, whether they are the GPU's: here it is known.
             found(*addresses, *numbers, *self._constants)
             return
-        compiled = self.kernel[self.grid](*tensors, *numbers, **self.options)
+        compiled = _finished(self.kernel[self.grid](*tensors, *numbers, **self.options))
         # Nothing in the interpreter. For AMD's GPUs Triton looks at the tensors' sizes as well.
         if compiled is None or torch.version.hip is not None:
             return
@@ -119,8 +124,9 @@ class Launch:
             if not compiled.n_spills:
                 break
             # Compiled and loaded, not launched again: a kernel may work in place.
-            other = self.kernel.warmup(*tensors, *numbers, grid=self.grid, **self.options, maxnreg=limit)
-            compiled = min(compiled, other, key=lambda found: _spills(found, grid))
+            other = _finished(self.kernel.warmup(*tensors, *numbers, grid=self.grid, **self.options, maxnreg=limit))
+            if other is not None:
+                compiled = min(compiled, other, key=lambda found: _spills(found, grid))
         self._constants = tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
         self._found[key] = _ready(compiled, grid)
 

@@ -3,7 +3,7 @@
 Every address that a kernel loads or stores must lie within one of the tensors it was given: within the view, not merely
 within the allocation. And since the interpreter runs programs one after the other, in an order that no GPU keeps, no
 program may touch what another one writes in the same launch, nor read again what it has written itself, for which its
-threads would have to wait for each other.
+threads would have to wait for each other. Of a number and NaN the larger or smaller is the number, as on a GPU.
 """
 
 from __future__ import annotations
@@ -126,6 +126,9 @@ def install() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     builder.create_masked_load = watched("load", builder.create_masked_load)
     builder.create_masked_store = watched("store", builder.create_masked_store)
+    # As a GPU has them: NaN is dropped unless asked for. The interpreter's own keep it.
+    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+    builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
 
     prepare, call = executor._init_args_hst, executor.__call__
 

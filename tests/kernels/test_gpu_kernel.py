@@ -257,6 +257,24 @@ def captured(function: Callable[[Inputs], Sequence[Tensor]], static: Inputs) -> 
     return replay
 
 
+@pytest.mark.skipif(not ON_GPU, reason="no GPU to record a graph")
+@pytest.mark.parametrize("supervision", ["covariance", "exact"])
+def test_recorded_by_inductor(supervision):
+    """mode="reduce-overhead": the first call with these priors and weights is one that warms the graph up."""
+    i = inputs("cuda")
+    options = {"prior": [0.5, 1.0, 2.0, 3.0], "class_weight": [1.0, 2.0, 3.0, 4.0], "supervision": supervision}
+
+    def loss(z: Tensor) -> Tensor:
+        return sk.supervised_evidential_loss(2 * z, i.target, i.image, band=i.band, **options)
+
+    recorded = torch.compile(loss, mode="reduce-overhead")
+    for seed in range(4):
+        z = inputs("cuda", seed=seed).logits
+        got = [x.clone() for x in differentiated(recorded, z)]
+        for a, b in zip(got, differentiated(loss, z), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", CAPTURED)
 def test_cuda_graph(name, device):
     """Captured once, replayed with other numbers in the same memory: nothing waits for the host, nothing is stale."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -126,6 +127,17 @@ def test_pointers_and_dtypes_are_told_apart(gpu, monkeypatch):
         launch(given, out)
     assert len(made) == len({id(kernel) for kernel in made}) == 3
     assert len(LAUNCHES) == 6
+
+
+def test_promised_kernels(gpu):
+    """Triton's AsyncCompileMode hands out promises of compiled kernels."""
+    promises = pytest.importorskip("triton.runtime._async_compile")
+    x, out = torch.zeros(64), torch.zeros(64)
+    launch = Launch(toy_kernels.sound, (2,), (1,), {"BLOCK": 16, "num_warps": 1})
+    with ThreadPoolExecutor(1) as pool, promises.AsyncCompileMode(pool):
+        launch(x, out)
+    launch(x, out)
+    assert len(LAUNCHES) == 2
 
 
 @pytest.mark.parametrize("classes", [2, 4, 8])

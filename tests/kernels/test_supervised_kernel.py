@@ -156,6 +156,18 @@ class TestValues:
         loss = sk.supervised_evidential_loss(logits, target, None if cached else given, **options)
         assert bool(loss.isnan())
 
+    @pytest.mark.parametrize("reduction", ["l2", "max", "mean"])
+    @pytest.mark.parametrize("spatial", [(4, 5), (3, 4, 5)])
+    @pytest.mark.parametrize("channels", [1, 2])
+    def test_nan_in_one_channel_shows(self, reduction, spatial, channels, device, monkeypatch):
+        """A GPU's maximum of a number and NaN is the number."""
+        monkeypatch.setenv("SURE_KERNELS_CHECKS", "0")
+        logits, target, _, image, band = active((1, 3, *spatial), device)
+        image = torch.cat([image, *[torch.rand_like(image)] * (channels - 1)], 1)
+        image[0, 0][(band[0, 0] == BOUNDARY).nonzero()[0].unbind()] = float("nan")
+        loss = sk.supervised_evidential_loss(logits, target, image, band=band, channel_reduction=reduction)
+        assert bool(loss.isnan())
+
     def test_marches_join(self, device, monkeypatch):
         """Wherever a march along z starts, it sees the same planes; planes too large for one are filtered alone."""
         logits, target, _, image, band = case((1, 3, 5, 4, 5), device)

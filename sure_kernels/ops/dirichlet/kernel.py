@@ -541,7 +541,8 @@ def is_wide(k: int, flags: int) -> bool:
     return k > (MOST_STATIC_PAIRS if flags & _BITS["dissonance"] else MOST_STATIC)
 
 
-@functools.lru_cache(maxsize=64)
+# As good as for ever: graphs that were captured read a table's memory when they are replayed.
+@functools.lru_cache(maxsize=4096)
 def _prior_table(prior: tuple[float, ...], device: torch.device) -> Tensor:
     """The prior on the device, kept there from call to call."""
     return torch.tensor(prior, dtype=torch.float32, device=device)

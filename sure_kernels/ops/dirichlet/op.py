@@ -16,7 +16,7 @@ from sure_kernels.kernel_lib.launch import gradient_format
 from sure_kernels.ops.dirichlet import closed_form, compiled
 
 
-@custom_op("sure_kernels::dirichlet_uncertainty")
+@custom_op("sure_kernels::dirichlet_uncertainty", recorded=False)
 def dirichlet_forward(
     logits: Tensor, evidence: str, prior: Sequence[float], measures: str, backend: str
 ) -> list[Tensor]:
@@ -38,7 +38,7 @@ def _(logits, evidence, prior, measures, backend):
     ]
 
 
-@custom_op("sure_kernels::dirichlet_uncertainty_backward")
+@custom_op("sure_kernels::dirichlet_uncertainty_backward", recorded=False)
 def dirichlet_backward(
     grads: Sequence[Tensor],
     logits: Tensor,

@@ -403,7 +403,7 @@ def finalise(totals: Tensor, formula: Formula, weights: Weights) -> Finalised:
     ace, kl = ace_sum * scale, kl_sum * scale
 
     d, d_tp, d_p = _dice(tp, p, present, number, weights.dice_form)
-    share = torch.tensor(formula.class_weight or (1.0,) * k, dtype=totals.dtype, device=totals.device)
+    share = totals.new_tensor(formula.class_weight) if formula.class_weight else totals.new_ones(k)
     if not weights.include_background:
         share = torch.cat((torch.zeros_like(share[:1]), share[1:]))
     share = share / share.sum().clamp_min(torch.finfo(totals.dtype).tiny)

@@ -296,7 +296,7 @@ def _filtered(
         if REDUCTION == "l2":
             result += square
         elif REDUCTION == "max":
-            result = tl.maximum(result, square)
+            result = tl.maximum(result, square, propagate_nan=tl.PropagateNan.ALL)
         else:
             result += tl.sqrt(square)
     if REDUCTION == "mean":
@@ -1059,7 +1059,8 @@ def block_size(k: int, gradient: int) -> int:
     return 256 if k <= 8 and gradient <= CACHED else 128
 
 
-@functools.lru_cache(maxsize=64)
+# As good as for ever: graphs that were captured read a table's memory when they are replayed.
+@functools.lru_cache(maxsize=4096)
 def table(formula: Formula, device: torch.device) -> Tensor:
     """Prior, lgamma(prior), class weights, then what `kl_share` reads of the priors and of their sum; float32.
 

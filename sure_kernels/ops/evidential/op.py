@@ -23,7 +23,7 @@ from sure_kernels.ops.evidential import closed_form, compiled
 from sure_kernels.ops.evidential.closed_form import Formula, Weights
 
 
-@custom_op("sure_kernels::evidential_sums")
+@custom_op("sure_kernels::evidential_sums", recorded=False)
 def evidential_sums(
     logits: Tensor,
     labels: Tensor,
@@ -50,7 +50,7 @@ def _(logits, *options):
     return logits.new_empty((logits.shape[0], columns), dtype=torch.float64)
 
 
-@custom_op("sure_kernels::evidential_loss")
+@custom_op("sure_kernels::evidential_loss", recorded=False)
 def evidential_forward(
     logits: Tensor,
     labels: Tensor,
@@ -84,7 +84,7 @@ def _(logits, *options):
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), row))
 
 
-@custom_op("sure_kernels::evidential_gradient")
+@custom_op("sure_kernels::evidential_gradient", recorded=False)
 def evidential_gradient(
     logits: Tensor,
     labels: Tensor,

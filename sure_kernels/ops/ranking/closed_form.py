@@ -62,6 +62,8 @@ class Sets:
 
     def sum(self, per_point: Tensor) -> Tensor:
         """(sets,) from one number a point: float64, or int64."""
+        if self.index is None:  # sets of one size, and on a GPU a segment would have one block of threads
+            return per_point.view(self.rows, -1).sum(1)
         if per_point.is_floating_point():
             return torch.segment_reduce(per_point, "sum", lengths=self.sizes, unsafe=True, initial=0)
         running = torch.cumsum(per_point, 0)

@@ -235,7 +235,12 @@ def _blocks(sizes: list[int], block: int, device: torch.device) -> tuple[Tensor,
     bounds = torch.cat((number.new_zeros(1), number.cumsum(0)))
     start = (end - size).repeat_interleave(number)
     first = start + (torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(number)) * block
-    return torch.stack((start, end.repeat_interleave(number), first)).to(device), bounds.to(device)
+    return _moved(torch.stack((start, end.repeat_interleave(number), first)), device), _moved(bounds, device)
+
+
+def _moved(table: Tensor, device: torch.device) -> Tensor:
+    """On the device, for which the host does not wait."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 @planned

@@ -26,7 +26,7 @@ class Method(NamedTuple):
     official: bool
 
 
-@custom_op("sure_kernels::pairwise_ranking")
+@custom_op("sure_kernels::pairwise_ranking", recorded=False)
 def pairwise_ranking(
     values: Tensor,
     scores: Tensor,

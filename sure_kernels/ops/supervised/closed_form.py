@@ -48,7 +48,7 @@ def finalise(sums: Tensor, supervision: Supervision, process_group: Any | None) 
     value = sign * cov * scale
     active = (usable & (value > -supervision.margin)).to(sums.dtype)
 
-    images = torch.tensor([float(len(n))], dtype=sums.dtype, device=sums.device)
+    images = sums.new_full((1,), len(n))  # filled where it lies: the host need not wait
     joined = all_reduced(
         torch.cat((images, torch.stack(((active * (value + supervision.margin)).sum(), far_n.sum(), far_u.sum())))),
         process_group,

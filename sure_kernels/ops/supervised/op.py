@@ -52,7 +52,7 @@ def _magnitude(
     return magnitude(image, operator, spacing, mode, reduction, 0.0, backend).flatten(1)
 
 
-@custom_op("sure_kernels::supervised_sums")
+@custom_op("sure_kernels::supervised_sums", recorded=False)
 def supervised_sums(
     logits: Tensor,
     labels: Tensor,
@@ -88,7 +88,7 @@ def _(logits, *options):
     return logits.new_empty((logits.shape[0], columns), dtype=torch.float64)
 
 
-@custom_op("sure_kernels::supervised_evidential_loss")
+@custom_op("sure_kernels::supervised_evidential_loss", recorded=False)
 def supervised_forward(
     logits: Tensor,
     labels: Tensor,
@@ -137,7 +137,7 @@ def _(logits, *options):
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), (5,), rows, (n, 2)))
 
 
-@custom_op("sure_kernels::supervised_gradient")
+@custom_op("sure_kernels::supervised_gradient", recorded=False)
 def supervised_gradient(
     logits: Tensor,
     labels: Tensor,
