@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -230,14 +231,28 @@ def _one_line_worker_errors() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # The pipe from a process that dies may break before torch is told of the death.
+        death = error if isinstance(error, RuntimeError) else _death_of_a_worker()
+        if "DataLoader worker" not in str(death):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = str(death).strip().splitlines()[0]
         raise UserError(
             f"workers: a process that prepares patches has died ({reason}), often for want of memory; --resume "
             "continues from the last complete epoch, fewer --workers need less"
         ) from error
+
+
+def _death_of_a_worker(patience: float = 5.0) -> RuntimeError | None:
+    """What torch raises for a process of a DataLoader that has died, by the time its signal comes."""
+    end = time.monotonic() + patience
+    try:
+        while time.monotonic() < end:
+            _error_if_any_worker_fails()
+            time.sleep(0.05)
+    except RuntimeError as death:
+        return death
+    return None
 
 
 def choose_device(device: str) -> torch.device:

@@ -72,6 +72,23 @@ class Faulty(TrainingData):
         return super().__getitem__(index)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_pipe_that_breaks_before_the_death_is_known(error, monkeypatch):
+    told = iter((None, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")))
+
+    def fails():
+        death = next(told, None)
+        if death is not None:
+            raise death
+
+    monkeypatch.setattr(training, "_error_if_any_worker_fails", fails)
+    with pytest.raises(UserError, match=r"has died \(DataLoader worker \(pid 7\)"), training._one_line_worker_errors():
+        raise error
+    monkeypatch.setattr(training, "_death_of_a_worker", lambda: None)
+    with pytest.raises(type(error)), training._one_line_worker_errors():
+        raise error
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
