@@ -248,7 +248,10 @@ class NoiseUncertaintyLoss(_Options):
 
 
 class SURETerms(NamedTuple):
-    """Unweighted, detached terms of `SURELoss`: 0-d tensors, 0 where a term was not computed."""
+    """Unweighted, detached terms of `SURELoss`: 0-d tensors, 0 where a term was not computed.
+
+    `far` is F, or with noised logits the L_far of `noise_uncertainty_loss`, the sum over all maps.
+    """
 
     ace: Tensor
     kl: Tensor
