@@ -269,8 +269,8 @@ def _compare_command(defaults: TrainConfig) -> Callable[..., None]:
         Args:
             data: data set folder.
             out: folder for runs, evaluations, sweeps and comparison.json, .csv, .md and .png; what is there is used.
-            arms: losses (edl, sure, dice_ce), presets or YAML files of settings; the first is what the others are
-                compared with.
+            arms: losses (edl, sure, dice_ce), presets, of which the objective is taken, or YAML files of settings; the
+                first is what the others are compared with.
             run_folds: which folds; all of them unless given.
             preset: settings that all arms start from.
             config: YAML file of the settings below; goes before the preset, flags go before it.

@@ -17,7 +17,7 @@ from torch import Tensor
 # How many modes (fake tensors, tracing, counters, ...) see every op; profilers do as well. Not part of torch's public
 # interface: where it is missing, the dispatcher is always asked.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-# Graphs that Inductor records leave such ops out (torch 2.9 and later).
+# Graphs that Inductor records leave such ops out.
 _UNCAPTURED = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _LISTS = {list, tuple}
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), str, int, float, bool} | _LISTS
