@@ -38,7 +38,7 @@ class Experiment:
     held_out: tuple[str, ...]
     ignore_label: int | None
     files: str | None = None
-    """Digest of names and sizes of all files of the cases; None in runs of older versions."""
+    """`sure.data.files_digest` of all cases; None in runs of older versions."""
 
 
 @dataclass

@@ -175,7 +175,7 @@ def _scored(
     evaluation, sweep = out / "evaluations" / name, out / "robustness" / name
     weights = weights_digest(load_run(run).model)
     drawn = _stored(evaluation / "metrics.json", lambda r: (r.get("weights"), list(r["pictures"]["planes"])), weights)
-    if drawn is None:
+    if drawn is None or (not isinstance(pictures, int) and drawn != list(pictures)):
         report = evaluate(run, data, evaluation, pictures=pictures, device=device, progress=progress)
         drawn = list(report["pictures"]["planes"])
     table = _stored(sweep / "robustness.json", lambda r: (r["run"].get("weights"), _table(r)), weights)

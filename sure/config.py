@@ -247,7 +247,7 @@ def unused_settings(config: TrainConfig, start: TrainConfig) -> list[str]:
         without[f"loss {config.loss}"] = SUPERVISION
     elif config.noise == "off":
         without["noise off"] = noise
-    else:
+    elif config.noise_weight > 0 and max(config.noise_weights) > 0:
         without[f"noise {config.noise}, whose loss has a far term of its own"] = ("far_weight", "far")
     changed = {
         why: [name for name in names if getattr(config, name) != getattr(start, name)] for why, names in without.items()

@@ -6,8 +6,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+import nibabel as nib
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -80,8 +81,8 @@ def predict(
     if out.is_file():
         raise UserError(f"{out}: expected a folder, found a file")
     folders = [path for path in map(Path, images) if path.is_dir()]
-    taken = {resolved(path.parent) for case in cases for path in case.images} if folders else set()
-    if resolved(out) in taken | {resolved(path) for path in folders}:
+    inside = [path for case in collect_cases(folders, run.in_channels) for path in case.images] if folders else []
+    if resolved(out) in {resolved(path) for path in (*folders, *(path.parent for path in inside))}:
         raise UserError(f"{out}: the results would lie among the images and be taken for some; choose another folder")
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -151,17 +152,29 @@ def _group_channels(files: Sequence[Path], channels: int) -> list[Case]:
     groups: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for path in dict.fromkeys(files):
         match = _CHANNEL.fullmatch(stem(path))
-        # In a run of one channel two files never share a case, and numbers other than 0000 are those of cases.
-        if match and channels == 1 and (match["channel"] != "0000" or _numbered(path, match["case"])):
+        # In a run of one channel two files never share a case, and numbers other than 0000 are those of cases; so are
+        # those of files that hold all channels.
+        numbers = match is not None and (
+            match["channel"] != "0000" or _numbered(path, match["case"]) if channels == 1 else _holds_channels(path)
+        )
+        if numbers:
             match = None
         name = match["case"] if match else stem(path)
         groups[path.parent if match and channels > 1 else path, name].append(path)
-    if channels > 1:
-        for (_, name), paths in groups.items():
-            found = sorted(match["channel"] for path in paths if (match := _CHANNEL.fullmatch(stem(path))))
+    for (place, name), paths in groups.items():
+        if place != paths[0]:  # several files may share it
+            found = sorted(stem(path).removeprefix(f"{name}_") for path in paths)
             if found != [f"{i:04d}" for i in range(len(found))]:
                 raise UserError(f"{paths[0]}: expected channels of {name} from 0000 on, found {', '.join(found)}")
     return [Case(name, tuple(sorted(paths)), None) for (_, name), paths in groups.items()]
+
+
+def _holds_channels(path: Path) -> bool:
+    """Whether a 4D file, as far as its header can be read."""
+    try:
+        return len(cast(nib.Nifti1Image, nib.load(path)).shape) == 4
+    except Exception:  # what is wrong with it is told when it is read
+        return False
 
 
 def _numbered(path: Path, case: str) -> bool:

@@ -233,7 +233,8 @@ def _one_line_worker_errors() -> Iterator[None]:
         raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
         # The pipe from a process that dies may break before torch is told of the death.
-        death = error if isinstance(error, RuntimeError) else _death_of_a_worker()
+        broken = not isinstance(error, RuntimeError | BrokenPipeError)  # that would be of stdout or stderr
+        death = _death_of_a_worker() if broken else error
         if "DataLoader worker" not in str(death):
             raise
         reason = str(death).strip().splitlines()[0]

@@ -775,7 +775,7 @@ def check_supervision_maps(
         _gradient_source(image, gradient, logits, operator, spacing, padding_mode, channel_reduction)
     if band is not None:
         _check_band(band, logits)
-    if distance is not None:
+    elif distance is not None:
         _check_distance(distance, logits)
 
 

@@ -300,6 +300,8 @@ class SURELoss(nn.Module):
         TypeError: for noised logits without levels.
     """
 
+    _warned = False
+
     def __init__(
         self,
         *,
@@ -397,7 +399,6 @@ class SURELoss(nn.Module):
         ):
             options.update(_settled(options))
         self.epoch = 0.0
-        self._warned = False
 
     def set_epoch(self, epoch: float) -> None:
         """Epoch t >= 0 (fractions allowed) that lambda and annealing are computed for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -75,7 +75,9 @@ def check_dataset(
 
 def spacings_differ(dataset: Dataset) -> str:
     """How far voxels differ in size from case to case, from headers alone; empty where they do not, to a hundredth."""
-    steps = np.array([spacing_of(nib.load(case.images[0]).affine, 3) for case in dataset.cases])  # type: ignore[attr-defined]
+    images = [cast(nib.Nifti1Image, nib.load(case.images[0])) for case in dataset.cases]
+    axes = min(len(image.shape) for image in images)  # two of flat images
+    steps = np.array([spacing_of(np.asarray(image.affine), min(axes, 3)) for image in images])
     low, high = steps.min(0), steps.max(0)
     if not np.any(high > low * (1 + SPACING_TOLERANCE)):
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import sure_kernels as sk
 from sure.config import TrainConfig
-from sure_kernels.validation import check_sequence, number_tuple, shape_of, values_checked
+from sure_kernels.validation import number_tuple, shape_of, shown, values_checked
 
 _TRAIN = TrainConfig()
 SUPERVISION = {
@@ -42,7 +43,8 @@ class DeepSupervision(nn.Module):
         super().__init__()
         if options.get("return_terms"):
             raise ValueError("return_terms: expected False, since each output has terms of its own, got True")
-        check_sequence(weights, "weights", "numbers, one per output")
+        if isinstance(weights, Real) or getattr(weights, "ndim", 1) == 0:
+            raise TypeError(f"weights: expected numbers, one per output, got {shown(weights)} alone")
         self.weights = number_tuple(weights, "weights", None, "output")
         if not all(0 <= w < math.inf for w in self.weights) or not any(self.weights):
             raise ValueError(f"weights: expected finite numbers >= 0, not all 0, got {list(self.weights)}")
@@ -70,7 +72,7 @@ class DeepSupervision(nn.Module):
         if not len(outputs) == len(targets) <= len(self.weights):
             found = f"{len(outputs)} and {len(targets)}"
             raise ValueError(f"output, target: expected as many of each, up to {len(self.weights)}, got {found}")
-        if self._image is None and (self.finest.gradient_weight or self.finest.far_weight):
+        if self._image is None and self.weights[0] and (self.finest.gradient_weight or self.finest.far_weight):
             raise TypeError("image: expected calls within `with loss.seeing(image):`, whose image supervises, got none")
         total = outputs[0].new_zeros((), dtype=torch.float32)
         for i, (logits, labels, weight) in enumerate(zip(outputs, targets, self.weights, strict=False)):

@@ -144,7 +144,8 @@ def _load(folders: Sequence[Path]) -> list[_Evaluation]:
         of = [i for i, (_, _, values) in enumerate(evaluations) if _same_run(values, sweep["run"])]
         if not of:
             of_run = f"{sweep['run']['path']}, checkpoint {sweep['run']['checkpoint']}"
-            raise UserError(f"{folder}: a sweep of {of_run}, of which no evaluation was given")
+            what = "of which no evaluation was given, or one of other weights"
+            raise UserError(f"{folder}: a sweep of {of_run}, {what}")
         if set(of) & set(found):
             raise UserError(f"{folder}: a second sweep of {sweep['run']['path']}")
         found |= dict.fromkeys(of, sweep)

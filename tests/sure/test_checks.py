@@ -302,6 +302,12 @@ def test_flat_images_are_fine_among_themselves(root):
     assert check_dataset(discover(root), spatial_dims=2) == (3, [])
 
 
+def test_flat_images_have_two_spacings(root):
+    for i, name in enumerate("abc"):
+        write(root / f"images/{name}.nii.gz", image()[..., 0], np.diag([1.0, 1.0, 1.0 + i, 1.0]))
+    assert spacings_differ(discover(root)) == ""
+
+
 def test_spacings_that_differ_are_told(root):
     assert spacings_differ(discover(root)) == ""
     for folder, values in (("images", image()), ("labels", label())):

@@ -76,6 +76,8 @@ def test_settings_without_effect_are_told(tmp_path, capsys):
     assert main([*args, *noised, "--out", str(tmp_path / "c")]) == 0
     told = "sure: far_weight: without effect for noise images, whose loss has a far term of its own"
     assert told in capsys.readouterr().err.splitlines()
+    assert main([*args, *noised, "--noise-weight", "0", "--out", str(tmp_path / "e")]) == 0
+    assert "far_weight" not in capsys.readouterr().err
     assert main([*args, "--loss", "sure", "--noise-std", "0.2", "--out", str(tmp_path / "d")]) == 0
     assert "sure: noise_std: without effect for noise off" in capsys.readouterr().err.splitlines()
     preset = ["--preset", "sure-acdc", "--spatial-dims", "3"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -139,6 +140,13 @@ class TestDeepSupervision:
         expected = sk.SURELoss(ignore_index=3)(logits[0], labels[0].long(), image=image)
         with loss.seeing(image):
             torch.testing.assert_close(loss(logits[0], labels[0].to(dtype)), expected)
+
+    def test_weights_of_any_kind(self):
+        expected = DeepSupervision([0.5, 0.5]).weights
+        for given in (np.array([0.5, 0.5]), torch.tensor([0.5, 0.5]), (w for w in (0.5, 0.5))):
+            assert DeepSupervision(given).weights == expected
+        logits, labels, _ = self.outputs()
+        assert DeepSupervision([0.0, 1.0], ignore_index=3)(logits[:2], labels[:2]).item() > 0
 
     def test_without_supervision_no_image_is_needed(self):
         logits, labels, _ = self.outputs()

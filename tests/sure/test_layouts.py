@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sure.data import Case, discover
+from sure.data import Case, discover, files_digest
 from sure.errors import UserError
 
 HIPPOCAMPUS = Path(__file__).resolve().parents[2].parent / "shared/data/hippocampus"
@@ -251,3 +251,17 @@ def test_real_data_set():
     assert len(dataset.cases) == 100
     assert dataset.problems == ()
     assert dataset.class_names == ("background", "Anterior", "Posterior")
+
+
+def test_files_are_known_by_what_is_in_them(tmp_path):
+    """Equal sizes are not enough; another folder does not matter."""
+
+    def cases(root, middle):
+        for folder in ("images", "labels"):
+            (root / folder).mkdir(parents=True)
+            (root / folder / "a.nii").write_bytes(bytes(20_000) + middle + bytes(20_000))
+        return discover(root).cases
+
+    one = files_digest(cases(tmp_path / "one", b"x"))
+    assert files_digest(cases(tmp_path / "two", b"x")) == one
+    assert files_digest(cases(tmp_path / "three", b"y")) != one

@@ -248,6 +248,24 @@ class TestFiles:
             predict(tmp_path / "run", [folder], tmp_path / "none", progress=False)
         assert not (tmp_path / "none").exists()
 
+    def test_a_file_that_holds_all_channels_is_a_case(self, use_run, tmp_path):
+        use_run(channels=2)
+        folder = tmp_path / "in"
+        folder.mkdir()
+        for i in (2, 3):
+            values = np.random.default_rng(i).normal(size=(*SHAPE, 2)).astype(np.float32)
+            nib.save(nib.Nifti1Image(values, AFFINE), folder / f"case_000{i}.nii.gz")
+        for given in ([folder], [folder / "case_0003.nii.gz"]):
+            written = predict(tmp_path / "run", given, tmp_path / "out", progress=False)
+            assert written[-1].name == "case_0003_unc.nii.gz"
+            assert len(written) == 4 - 2 * (given[0] != folder)
+
+    def test_beside_a_named_file_while_folders_are_read(self, use_run, tmp_path):
+        use_run()
+        root = write_data(tmp_path / "data", 1)
+        image, _ = write_case(tmp_path / "other", "b", 3)
+        assert len(predict(tmp_path / "run", [root, image], image.parent, progress=False)) == 4
+
     def test_every_fault_in_one_table(self, use_run, tmp_path):
         use_run()
         good, _ = write_case(tmp_path / "data", "good", 1)

@@ -229,12 +229,12 @@ def split_kernel(
 
 def _blocks(sizes: list[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(3, blocks): start and end of a block's set, its first slot; (sets + 1,): where the blocks of each set begin."""
-    size = torch.tensor(sizes, dtype=torch.int64)
+    size = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     number = (size + block - 1) // block
     end = size.cumsum(0)
     bounds = torch.cat((number.new_zeros(1), number.cumsum(0)))
     start = (end - size).repeat_interleave(number)
-    first = start + (torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(number)) * block
+    first = start + (torch.arange(int(bounds[-1]), device="cpu") - bounds[:-1].repeat_interleave(number)) * block
     return _moved(torch.stack((start, end.repeat_interleave(number), first)), device), _moved(bounds, device)
 
 
