@@ -92,9 +92,9 @@ def _train_command(defaults: TrainConfig) -> Callable[..., None]:
         """
         from sure.train import train as run
 
-        for line in unused_settings(settings, TrainConfig() if preset is None else load_preset(preset)):
-            if _rank() == 0:
-                print(f"sure: {line}", file=sys.stderr)
+        note = unused_settings(settings, TrainConfig() if preset is None else load_preset(preset))
+        if note and _rank() == 0:
+            print(f"sure: {note}", file=sys.stderr)
         folder = run(
             data,
             out,

@@ -17,7 +17,7 @@ import torch
 
 from sure.checkpoint import checkpoint_path, load_run, read_experiment, weights_digest
 from sure.config import TrainConfig, changes, load_config, load_preset, presets, to_dict
-from sure.data import Dataset, discover, files_digest
+from sure.data import discover, files_digest
 from sure.errors import UserError
 from sure.evaluate import evaluate
 from sure.files import atomic, check_writable, read_json, write_text
@@ -85,9 +85,9 @@ def compare(
     check_writable(out)
     place = choose_device(device)
     runs = {(arm, k): out / "runs" / arm / f"fold-{k}" for k in wanted for arm in settings}
-    dataset = discover(data)
+    files = files_digest(discover(data).cases)
     for (arm, k), run in runs.items():
-        _check_run(run, replace(settings[arm], fold=k), dataset)
+        _check_run(run, replace(settings[arm], fold=k), data, files)
 
     values: dict[str, list[Table]] = {arm: [] for arm in settings}
     pictures: dict[int, list[str]] = {}
@@ -145,8 +145,8 @@ def _arms(names: Sequence[str], base: TrainConfig) -> dict[str, TrainConfig]:
     return found
 
 
-def _check_run(run: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """UserError where `run` was trained, or begun, with settings other than `config`, or on other data."""
+def _check_run(run: Path, config: TrainConfig, data: Path, files: str) -> None:
+    """UserError where `run` was trained, or begun, with settings other than `config`, or on data of other `files`."""
     if not (run / "config.yaml").is_file():
         return
     changed = changes(load_config(run / "config.yaml"), config)
@@ -155,8 +155,8 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset) -> None:
     if not (run / "run.json").is_file():
         return
     stored = read_experiment(run)
-    if stored.files not in (None, files_digest(dataset.cases)):
-        raise UserError(f"{run}: trained on other data ({stored.data}) than {dataset.root} holds; choose another --out")
+    if stored.files not in (None, files):
+        raise UserError(f"{run}: trained on other data ({stored.data}) than {data} holds; choose another --out")
 
 
 def _scored(

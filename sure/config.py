@@ -239,20 +239,17 @@ SUPERVISION = _NAMES[_NAMES.index("gradient_weight") : _LAST_OF_OBJECTIVE]
 """Those that the supervision of uncertainty alone reads."""
 
 
-def unused_settings(config: TrainConfig, start: TrainConfig) -> list[str]:
-    """Settings of the supervision that were changed from `start` and have no effect, with what makes it so."""
-    noise = [name for name in SUPERVISION if name.startswith("noise_")]
-    without: dict[str, Sequence[str]] = {}
+def unused_settings(config: TrainConfig, start: TrainConfig) -> str:
+    """Settings of the supervision that were changed from `start` and have no effect, and why; empty where all have."""
+    names: Sequence[str] = ()
     if config.loss != "sure":
-        without[f"loss {config.loss}"] = SUPERVISION
+        names, why = SUPERVISION, f"loss {config.loss}"
     elif config.noise == "off":
-        without["noise off"] = noise
+        names, why = [name for name in SUPERVISION if name.startswith("noise_")], "noise off"
     elif config.noise_weight > 0 and max(config.noise_weights) > 0:
-        without[f"noise {config.noise}, whose loss has a far term of its own"] = ("far_weight", "far")
-    changed = {
-        why: [name for name in names if getattr(config, name) != getattr(start, name)] for why, names in without.items()
-    }
-    return [f"{', '.join(names)}: without effect for {why}" for why, names in changed.items() if names]
+        names, why = ("far_weight", "far"), f"noise {config.noise}, whose loss has a far term of its own"
+    changed = [name for name in names if getattr(config, name) != getattr(start, name)]
+    return f"{', '.join(changed)}: without effect for {why}" if changed else ""
 
 
 def from_dict(values: dict[str, Any], *, source: str = "configuration") -> TrainConfig:

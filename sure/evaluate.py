@@ -200,8 +200,8 @@ def check_cases(run: Run, dataset: Dataset, chosen: Sequence[Case], cases_from: 
     subset = dataclasses.replace(
         dataset, cases=tuple(chosen), problems=problems, class_names=run.class_names, channels=run.in_channels
     )
-    classes, dims = run.num_classes, run.config.spatial_dims
     _check_classes(run, dataset)
+    classes, dims = run.num_classes, run.config.spatial_dims
     _, faults = check_dataset(subset, num_classes=classes, spatial_dims=dims, progress=progress)
     if faults:
         raise UserError(f"{dataset.root}: {len(faults)} faults:\n{format_faults(faults)}")

@@ -160,12 +160,9 @@ class CaseScorer:
         for k in range(1, len(self.names)):
             mine, theirs = label[0] == k, self.truth[0] == k
             there = bool(mine.any()), bool(theirs.any())
-            if any(there):
-                found["dice"].append(
-                    (float(compute_dice(mine[None, None], theirs[None, None], ignore_empty=False)), "")
-                )
-            else:
-                found["dice"].append((math.nan, "neither prediction nor truth has the class"))
+            found["dice"].append(
+                (dice(mine, theirs), "" if any(there) else "neither prediction nor truth has the class")
+            )
             if all(there):
                 for key, value in zip(DISTANCE_METRICS, _distances(mine, theirs, self.spacing), strict=True):
                     found[key].append((value, ""))
@@ -191,6 +188,13 @@ class CaseScorer:
         ):
             inside = result.uncertainty[region[0]].double()
             yield key, float(inside.mean()), "" if inside.numel() else reason
+
+
+def dice(mine: Tensor, theirs: Tensor) -> float:
+    """Of two masks (*spatial); NaN where both are empty."""
+    if not bool(mine.any() or theirs.any()):
+        return math.nan
+    return float(compute_dice(mine[None, None], theirs[None, None], ignore_empty=False))
 
 
 def joined(sums: Sequence[SegmentationHistograms]) -> SegmentationHistograms:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from monai.metrics import DiceMetric
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -72,6 +71,7 @@ from sure.files import check_writable, resolved, write_text
 from sure.inference import infer
 from sure.models import build_model, checkpoint_activations
 from sure.objective import build_objective, frozen_statistics
+from sure.scoring import dice
 from sure_kernels.doctor import versions
 from sure_kernels.kernel_lib.special import evidence
 
@@ -286,8 +286,7 @@ def _prepare(
         num_classes, faults = check_dataset(dataset)  # what the rejected cases held does not count
         if faults:
             raise UserError(f"{data}: without these cases {len(faults)} faults are left\n{format_faults(faults)}")
-    note = spacings_differ(dataset)
-    if progress and note:
+    if progress and (note := spacings_differ(dataset)):
         tqdm.write(f"{data}: {note}; nothing is resampled, and the losses count in voxels", file=sys.stderr)
     if len(config.prior) not in (1, num_classes):
         raise UserError(f"prior: expected 1 or {num_classes} numbers, one a class, got {len(config.prior)}")
@@ -502,13 +501,8 @@ class _Trainer:
             assert loaded.label is not None
             counted = loaded.label != IGNORE
             predicted = torch.where(counted[0], infer(run, loaded.image[None]).label, 0)
-            truth = torch.where(counted, loaded.label, 0)[None]
-            k = self.experiment.num_classes
-            dice = DiceMetric(include_background=False, num_classes=k, ignore_empty=False)
-            values = dice(predicted[None, None], truth)[0].tolist()  # type: ignore[union-attr, index]
-            # As in evaluation: undefined where neither has the class, which MONAI counts as 1.
-            there = [bool((predicted == c).any() or (truth == c).any()) for c in range(1, k)]
-            scores.append([v if known else math.nan for v, known in zip(values, there, strict=True)])
+            truth = torch.where(counted, loaded.label, 0)[0]
+            scores.append([dice(predicted == k, truth == k) for k in range(1, self.experiment.num_classes)])
         per_case = torch.tensor([row for part in self.processes.gather(scores) for row in part])
         values = per_case.nanmean(0).tolist()
         known = [v for v in values if not math.isnan(v)]

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from sure_kernels.backends import AUTO, COMPILED, COMPILED_OPS, backend, backends, get_backend, requested
+from sure_kernels.backends import AUTO, COMPILED, COMPILED_OPS, backend, backends, get_backend, requested, why_not
 from sure_kernels.registry import OPS, OpSpec
 
 _SHAPE = (11, 13, 12)
@@ -76,7 +76,7 @@ def _rows() -> Iterator[tuple[OpSpec, str, str]]:
     for device in ("cpu", *gpus):
         served = get_backend(torch.zeros(1, device=device))
         yield from ((op, device, served) for op in OPS)
-    if not gpus and requested() == AUTO and backends()[COMPILED] is None:
+    if not gpus and requested() == AUTO and why_not(COMPILED) is None:
         yield from ((op, "cpu", COMPILED) for op in OPS if op.name in COMPILED_OPS)
 
 

@@ -291,9 +291,9 @@ class SURELoss(nn.Module):
     points=None, generator=None):
         image (N, M, *spatial), or the gradient magnitude computed once, is needed from epoch `good_model_step` on.
         Before, it is checked but not read, and a warning says once that it will be needed; where beta and w_far are 0
-        it never is. `noisy` is a sequence of logits for noised images,
-        `levels` and `points` are as in `noise_uncertainty_loss`. `generator` draws the pairs of the soft forms. Returns
-        a 0-d loss, with `return_terms` also SURETerms.
+        it never is. `noisy` is a sequence of logits for noised images, `levels` and `points` are as in
+        `noise_uncertainty_loss`. `generator` draws the pairs of the soft forms. Returns a 0-d loss, with `return_terms`
+        also SURETerms.
 
     Raises:
         ValueError: unless num_epochs > good_model_step, and as the functions it calls.

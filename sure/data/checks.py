@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -179,8 +179,12 @@ def _found_labels(seen: dict[Case, _Seen]) -> str:
     """The labels of all cases in a few words, with a file that holds the largest."""
     largest = max((case for case, s in seen.items() if s.classes.size), key=lambda case: seen[case].classes[-1])
     values = sorted({int(v) for s in seen.values() for v in s.classes})
-    shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+    shown = _listed(values)
     return f"{shown} ({values[-1]} in {largest.label})" if len(values) > 1 else f"{shown} alone"
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _check_agreement(dataset: Dataset, seen: dict[Case, _Seen], spatial_dims: int | None) -> Iterator[Fault]:
@@ -200,7 +204,7 @@ def _check_agreement(dataset: Dataset, seen: dict[Case, _Seen], spatial_dims: in
 def _check_range(case: Case, values: NDArray[np.int64], num_classes: int, dataset: Dataset) -> Iterator[Fault]:
     outside = [int(v) for v in values if not 0 <= v < num_classes and v != dataset.ignore_label]
     if outside and case.label is not None:
-        shown = ", ".join(map(str, outside[:5])) + (", ..." if len(outside) > 5 else "")
+        shown = _listed(outside)
         expected = f"expected 0 to {num_classes - 1}"
         if not dataset.class_names:
             expected += " without gaps"

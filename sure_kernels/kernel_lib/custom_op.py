@@ -17,8 +17,6 @@ from torch import Tensor
 # How many modes (fake tensors, tracing, counters, ...) see every op; profilers do as well. Not part of torch's public
 # interface: where it is missing, the dispatcher is always asked.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-# Graphs that Inductor records leave such ops out.
-_UNCAPTURED = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _LISTS = {list, tuple}
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), str, int, float, bool} | _LISTS
 
@@ -45,7 +43,9 @@ def custom_op(name: str, *, recorded: bool = True) -> Callable[[Callable[..., An
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(name, function, mutates_args=(), tags=() if recorded else _UNCAPTURED)
+        op = torch.library.custom_op(
+            name, function, mutates_args=(), tags=() if recorded else torch.Tag.cudagraph_unsafe
+        )
         of_tensors = "Tensor[]" in torch.library.infer_schema(function, mutates_args=())
 
         @functools.wraps(function)
